@@ -1,0 +1,406 @@
+"""The detector of APL (Sec. 3): ActionFormer [62] with the tIoU and tND branches, channels-last.
+
+Input   feats (B, T, D), mask (B, T), T a multiple of 2^(levels-1); True = valid in every mask of the project.
+Output  raw predictions at P points over all pyramid levels; targets, losses and decoding are functions of them.
+Holds   Eq. (2), the predicted tIoU and tND; the geometry of segments; target assignment; decoding; Soft-NMS.
+
+Legend, the same letters in every file:
+    B videos, T feature steps, D input channels, C channels, K classes, N segments of a video (padded in a batch),
+    P points over all levels, H heads, L levels, G groups of detections, M detections of the largest group.
+    Segments are (..., 2), start and end, in feature-grid units: step t of a feature sequence lies at t.
+    An instances record is a dict of tensors {"segments": (N, 2), "labels": (N,), ...}: ground truth has these two,
+    detections and pseudo labels add "scores" (joint) and more, each (N,).
+
+`python model.py` prints the complexity table (Tab. S6).
+"""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+BRANCHES = ("none", "tiou", "diou", "tiou+tnd")  # the localization quality branches of Tab. 3(b); none = plain ActionFormer
+
+
+# ---- Segments: one tIoU and one tND for all -------------------------------------------------------------------------
+
+def tiou(a, b, eps=1e-8):
+    """Temporal IoU of segments a (..., 2) and b (..., 2), broadcast; an empty union gives 0. Returns (...) in [0, 1]."""
+    inter = (torch.minimum(a[..., 1], b[..., 1]) - torch.maximum(a[..., 0], b[..., 0])).clamp(min=0)
+    union = (a[..., 1] - a[..., 0]) + (b[..., 1] - b[..., 0]) - inter
+    return inter / union.clamp(min=eps)
+
+
+def tnd(a, b, eps=1e-8):
+    """Temporal normalized distance d^2 / c^2 (Sec. 3.1) of segments (..., 2), broadcast: d between the centres, c the
+    length of the smallest enclosing segment. Returns (...) in [0, 1]; at most 1/4 where the segments share a point."""
+    d = (a.sum(-1) - b.sum(-1)) / 2
+    c = torch.maximum(a[..., 1], b[..., 1]) - torch.minimum(a[..., 0], b[..., 0])
+    return (d / c.clamp(min=eps)) ** 2
+
+
+# ---- Layers ---------------------------------------------------------------------------------------------------------
+
+def shifted(x, stride=1):
+    """The steps t-1, t and t+1 of x (B, T, C) for every stride-th t; outside the sequence lies `0`."""
+    T = x.shape[1]
+    padded = F.pad(x, (0, 0, 1, 1))
+    return [padded[:, i:i + T:stride] for i in range(3)]
+
+
+class Conv(nn.Module):
+    """Masked convolution, k = 3, as one matrix product over three shifted copies: (B, T, in) -> (B, T, out).
+
+    On two cores this ran at 1.2 (float32) and 2 times (bfloat16) the rate of nn.Conv1d at 512 channels.
+    weight[:, i * in:(i + 1) * in] is tap i of the usual (out, in, 3) kernel."""
+
+    def __init__(self, dim_in, dim_out, bias=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim_out, 3 * dim_in))
+        self.bias = nn.Parameter(torch.zeros(dim_out)) if bias else None
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x, mask):
+        return F.linear(torch.cat(shifted(x), -1), self.weight, self.bias) * mask[..., None]
+
+
+class DepthwiseConv(nn.Module):
+    """Depth-wise convolution, k = 3, of the shifted copies of an input: 3 x (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3, dim).uniform_(-1 / math.sqrt(3), 1 / math.sqrt(3)))
+
+    def forward(self, taps, mask):
+        before, at, after = taps
+        w = self.weight.to(at.dtype)
+        return torch.addcmul(torch.addcmul(at * w[1], before, w[0]), after, w[2]) * mask[..., None]
+
+
+class DropPath(nn.Module):
+    """Residual scale, learned per channel from 1e-4, and stochastic depth (one draw a video)."""
+
+    def __init__(self, dim, rate):
+        super().__init__()
+        self.rate = rate
+        self.scale = nn.Parameter(torch.full((dim,), 1e-4))
+
+    def forward(self, x):
+        x = x * self.scale
+        if not self.training or self.rate == 0:
+            return x
+        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.rate
+        return x * keep / (1 - self.rate)
+
+
+def local_attention(q, k, v, mask, heads, half):
+    """Softmax attention of every step over the valid steps within `half` on either side; O(T * half) time and memory.
+
+    q, k, v (B, T, C), mask (B, T) -> (B, T, C). Queries are cut into blocks, each with its keys and a margin of `half`.
+    A step always sees itself, so the rows of padding stay finite; they are masked by the caller."""
+    B, T, C = q.shape
+    half = min(half, T - 1)
+    size = min(max(2 * half, 16), T)  # queries a block: long enough for matrix products, at most twice the needed keys
+    rest = -T % size
+    blocks, span = (T + rest) // size, size + 2 * half
+    q = F.pad(q, (0, 0, 0, rest)).view(B * blocks, size, heads, C // heads).transpose(1, 2)
+    k, v = (F.pad(x, (0, 0, half, half + rest)).unfold(1, span, size)  # (B, blocks, C, span)
+            .reshape(B * blocks, heads, C // heads, span).transpose(2, 3) for x in (k, v))  # (B*blocks, H, span, C/H)
+    gap = torch.arange(span, device=q.device) - torch.arange(size, device=q.device)[:, None]  # key - query + half
+    valid = F.pad(mask, (half, half + rest)).unfold(1, span, size)[:, :, None]  # (B, blocks, 1, span)
+    seen = ((gap >= 0) & (gap <= 2 * half) & valid) | (gap == half)  # (B, blocks, size, span)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen.view(B * blocks, 1, size, span))
+    return out.transpose(1, 2).reshape(B, T + rest, C)[:, :T]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention in a local window, with depth-wise convolutions before q, k and v, which may halve T:
+    x (B, T, C), mask (B, T / stride) -> (B, T / stride, C)."""
+
+    def __init__(self, dim, heads, window, stride):
+        super().__init__()
+        self.heads, self.stride, self.half = heads, stride, window // 2 if window > 0 else 10 ** 9  # 0: the whole sequence
+        self.convs = nn.ModuleList(DepthwiseConv(dim) for _ in "qkv")
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in "qkv")
+        self.linears = nn.ModuleList(nn.Linear(dim, dim) for _ in "qkv")
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, mask):
+        taps = shifted(x, self.stride)
+        q, k, v = (linear(norm(conv(taps, mask))) for conv, norm, linear in zip(self.convs, self.norms, self.linears))
+        return self.proj(local_attention(q, k, v, mask, self.heads, self.half)) * mask[..., None]
+
+
+class Block(nn.Module):
+    """Pre-LN transformer block; stride 2 halves T, the skip path by max pooling (k = 3)."""
+
+    def __init__(self, dim, heads, window, stride, drop_path):
+        super().__init__()
+        self.stride = stride
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads, window, stride)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.drop1, self.drop2 = DropPath(dim, drop_path), DropPath(dim, drop_path)
+
+    def forward(self, x, mask):
+        """x (B, T, C), mask (B, T) -> x (B, T / stride, C), mask (B, T / stride)."""
+        mask, skip = mask[:, ::self.stride], x
+        if self.stride > 1:  # nothing lies before the first step; after the last valid step lies padding, 0
+            before, at, after = shifted(x, self.stride)
+            before = torch.cat([at[:, :1], before[:, 1:]], 1)
+            skip = torch.maximum(torch.maximum(before, at), after)
+        x = skip * mask[..., None] + self.drop1(self.attn(self.norm1(x), mask))
+        return x + self.drop2(self.mlp(self.norm2(x)) * mask[..., None]), mask
+
+
+class Backbone(nn.Module):
+    """Two embedding convolutions, stem blocks at full length, then one halving block for each further level, and the
+    neck's LayerNorm: (B, T, D) -> [(B, T / 2^l, C)], [(B, T / 2^l)]."""
+
+    def __init__(self, dim_in, dim, heads, windows, stem, drop_path, position):
+        super().__init__()
+        self.position = position
+        self.embed = nn.ModuleList([Conv(dim_in, dim, bias=False), Conv(dim, dim, bias=False)])
+        self.embed_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.embed)
+        self.stem = nn.ModuleList(Block(dim, heads, windows[0], 1, drop_path) for _ in range(stem))
+        self.branch = nn.ModuleList(Block(dim, heads, w, 2, drop_path) for w in windows[1:])
+        self.neck = nn.ModuleList(nn.LayerNorm(dim) for _ in windows)
+
+    def forward(self, x, mask):
+        for conv, norm in zip(self.embed, self.embed_norms):
+            x = F.relu(norm(conv(x, mask)))
+        if self.position:
+            x = x + sinusoid(x.shape[1], x.shape[2], x.device) * mask[..., None]
+        for block in self.stem:
+            x, mask = block(x, mask)
+        levels, masks = [x], [mask]
+        for block in self.branch:
+            x, mask = block(x, mask)
+            levels.append(x), masks.append(mask)
+        return [norm(x) for norm, x in zip(self.neck, levels)], masks
+
+
+def sinusoid(T, C, device):
+    """Sinusoidal absolute position (T, C), divided by sqrt(C) as ActionFormer does."""
+    angle = torch.arange(T, device=device)[:, None] / 10000 ** (torch.arange(0, C, 2, device=device) / C)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :C] / math.sqrt(C)
+
+
+class Trunk(nn.Module):
+    """The two convolutions that open a head, shared by all levels: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.convs = nn.ModuleList(Conv(dim, dim, bias=False) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
+
+    def forward(self, x, mask):
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.relu(norm(conv(x, mask)))
+        return x
+
+
+class QualityBranches(nn.Module):
+    """Eq. (2): P_tiou = sigmoid(conv(h)), P_tnd = sigmoid(conv(h)).
+
+    h (B, T, C) is the last hidden layer of the regression head (the branches share all but the final convolution);
+    returns two (B, T) in [0, 1]. One branch (Tab. 3(b)) learns tIoU or DIoU alone and leaves P_tnd = 0; no branch leaves
+    P_tiou = 1 and P_tnd = 0, with which the joint score is the class score. The tND bias starts at -2 (not given in the
+    paper): from equal biases P_tiou - P_tnd would start at 0, where it is clamped and passes no gradient."""
+
+    def __init__(self, dim, branches):
+        super().__init__()
+        self.tiou = Conv(dim, 1) if branches != "none" else None
+        self.tnd = Conv(dim, 1) if branches == "tiou+tnd" else None
+        if self.tnd is not None:
+            nn.init.constant_(self.tnd.bias, -2.0)
+
+    def forward(self, h, mask):
+        P_tiou, P_tnd = torch.ones(mask.shape, device=h.device), torch.zeros(mask.shape, device=h.device)
+        if self.tiou is not None:
+            P_tiou = torch.sigmoid(self.tiou(h, mask)[..., 0].float())
+        if self.tnd is not None:
+            P_tnd = torch.sigmoid(self.tnd(h, mask)[..., 0].float())
+        return P_tiou, P_tnd
+
+
+class Points(NamedTuple):
+    """The P points of the pyramid, each (P,): time and stride in grid steps, the range of offsets it may regress."""
+    time: torch.Tensor
+    stride: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+
+
+class Outputs(NamedTuple):
+    """Raw predictions: cls_logits (B, P, K); offsets (B, P, 2) >= 0 to start and end, in strides; p_tiou, p_tnd (B, P);
+    mask (B, P); points; levels, the pyramid [(B, T_l, C)]; masks [(B, T_l)]."""
+    cls_logits: torch.Tensor
+    offsets: torch.Tensor
+    p_tiou: torch.Tensor
+    p_tnd: torch.Tensor
+    mask: torch.Tensor
+    points: Points
+    levels: list
+    masks: list
+
+
+class Detector(nn.Module):
+    """ActionFormer with quality branches. `windows` and `ranges` give one entry a level (window 0: the whole sequence)."""
+
+    def __init__(self, dim_in, num_classes, channels=512, heads=4, windows=(19,) * 6, stem=2, drop_path=0.1,
+                 ranges=((0, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, math.inf)), branches="tiou+tnd", position=False):
+        super().__init__()
+        if len(windows) != len(ranges):
+            raise ValueError(f"{len(windows)} windows for {len(ranges)} regression ranges: each level needs one of both")
+        self.backbone = Backbone(dim_in, channels, heads, windows, stem, drop_path, position)
+        self.cls_trunk, self.reg_trunk = Trunk(channels), Trunk(channels)
+        self.cls_out, self.reg_out = Conv(channels, num_classes), Conv(channels, 2)
+        self.quality = QualityBranches(channels, branches)
+        self.scales = nn.Parameter(torch.ones(len(windows)))
+        self.register_buffer("ranges", torch.tensor(ranges, dtype=torch.float32), persistent=False)
+        nn.init.constant_(self.cls_out.bias, -math.log(99))  # every class starts at a probability of 0.01
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def points(self, T):
+        """The points of a sequence of T steps; level l has ceil(T / 2^l) of them, 2^l steps apart."""
+        rows = [torch.stack(torch.broadcast_tensors(torch.arange(0.0, T, 2 ** l, device=low.device),
+                                                    torch.full_like(low, 2 ** l), low, high)) for l, (low, high) in enumerate(self.ranges)]
+        return Points(*torch.cat(rows, 1))
+
+    def forward(self, feats, mask):
+        """feats (B, T, D), mask (B, T), any T >= 1 -> Outputs. Padding changes no valid output."""
+        T, unit = feats.shape[1], 2 ** (len(self.scales) - 1)
+        # The LayerNorms' biases let the last valid step see that padding follows it (as in the public ActionFormer), so
+        # padding must always follow, on every level.
+        rest = -T % unit + unit
+        feats, mask = F.pad(feats, (0, 0, 0, rest)) * F.pad(mask, (0, rest))[..., None], F.pad(mask, (0, rest))
+        levels, masks = self.backbone(feats, mask)
+        parts = []
+        for level, (x, m) in enumerate(zip(levels, masks)):
+            h = self.reg_trunk(x, m)
+            offsets = F.relu(self.reg_out(h, m).float() * self.scales[level])
+            parts.append((self.cls_out(self.cls_trunk(x, m), m).float(), offsets, *self.quality(h, m), m))
+        lengths = [-(-T // 2 ** level) for level in range(len(levels))]
+        flat = [torch.cat([x[:, :n] for x, n in zip(part, lengths)], 1) for part in zip(*parts)]  # (B, P, ...)
+        return Outputs(*flat, self.points(T), [x[:, :n] for x, n in zip(levels, lengths)],
+                       [m[:, :n] for m, n in zip(masks, lengths)])
+
+
+# ---- Targets, decoding, suppression ---------------------------------------------------------------------------------
+
+def assign_targets(points, segments, labels, num_classes, radius=1.5):
+    """Target assignment of ActionFormer, for ground truth and pseudo labels alike.
+
+    segments B x (N, 2) in grid steps, labels B x (N,) -> cls_target (B, P, K) in {0, 1}, offset_target (B, P, 2) in strides.
+    A point is positive if it lies within `radius` strides of a segment's middle and inside the segment, and the larger
+    offset lies in its level's range (both ends included). The shortest such segment wins; segments as short to 1e-3 all mark
+    the class target."""
+    device = points.time.device
+    seg = pad_sequence([s.reshape(-1, 2).float() for s in segments], batch_first=True)  # (B, N, 2)
+    B, N = seg.shape[:2]
+    counts = torch.tensor([len(s) for s in segments], device=device)
+    P = len(points.time)
+    if N == 0:
+        return torch.zeros(B, P, num_classes, device=device), torch.zeros(B, P, 2, device=device)
+    onehot = F.one_hot(pad_sequence([l.reshape(-1) for l in labels], batch_first=True).long(), num_classes).float()
+    time, stride = points.time[:, None], points.stride[:, None]  # (P, 1), against (B, 1, N)
+    start, end = seg[:, None, :, 0], seg[:, None, :, 1]
+    offsets = torch.stack([time - start, end - time], -1)  # (B, P, N, 2)
+    middle, reach = (start + end) / 2, offsets.amax(-1)
+    near = torch.minimum(time - torch.maximum(middle - radius * stride, start),
+                         torch.minimum(middle + radius * stride, end) - time) > 0
+    real = torch.arange(N, device=device) < counts[:, None, None]
+    covers = near & (reach >= points.low[:, None]) & (reach <= points.high[:, None]) & real
+    length = torch.where(covers, end - start, math.inf)
+    shortest, index = length.min(-1)  # (B, P)
+    chosen = (length <= shortest[..., None] + 1e-3) & covers
+    cls_target = (chosen.float() @ onehot).clamp(max=1)
+    offset_target = offsets.gather(2, index[..., None, None].expand(-1, -1, 1, 2))[:, :, 0] / points.stride[:, None]
+    return cls_target, offset_target
+
+
+def decode(points, offsets):
+    """Segments (B, P, 2) in grid steps of offsets (B, P, 2) in strides."""
+    return points.time[:, None] + offsets * points.stride[:, None] * offsets.new_tensor([-1, 1])
+
+
+def soft_nms(segments, scores, groups, sigma, min_score, max_num):
+    """Gaussian Soft-NMS (Bodla et al. 2017), all groups (a class, or a video's class) at once.
+
+    segments (N, 2), scores (N,), groups (N,) integers -> index (M,) into the input and decayed scores (M,), in descending
+    order of score. In each group the best detection is taken and every other one's score multiplied by
+    exp(-tIoU^2 / sigma), until all are below min_score or max_num are taken."""
+    if len(scores) == 0:
+        return torch.zeros(0, dtype=torch.long, device=scores.device), scores
+    order = torch.argsort(scores, descending=True, stable=True)
+    order = order[torch.argsort(groups[order], stable=True)]
+    counts = torch.unique_consecutive(groups[order], return_counts=True)[1]
+    index = pad_sequence(order.split(counts.tolist()), batch_first=True, padding_value=-1)  # (G, M)
+    left = torch.where(index >= 0, scores[index], 0.0)
+    boxes, kept = segments[index], []
+    for _ in range(min(max_num, index.shape[1])):
+        best, at = left.max(1)
+        alive = best >= min_score
+        if not alive.all():
+            index, left, boxes, best, at = index[alive], left[alive], boxes[alive], best[alive], at[alive]
+        if len(best) == 0:
+            break
+        row = torch.arange(len(at), device=at.device)
+        kept.append((index[row, at], best))
+        left = left * torch.exp(-tiou(boxes[row, at][:, None], boxes) ** 2 / sigma)
+        left[row, at] = 0
+    if not kept:
+        return torch.zeros(0, dtype=torch.long, device=scores.device), scores[:0]
+    index, scores = (torch.cat(x) for x in zip(*kept))
+    scores, order = scores.sort(descending=True, stable=True)
+    return index[order], scores
+
+
+# ---- Complexity -----------------------------------------------------------------------------------------------------
+
+def complexity(modules, run):
+    """Parameters and multiply-accumulates of `modules` while `run()` executes: (int, int).
+
+    Counted as Tab. S6 does: weights with biases of convolutions and linear layers at valid steps; no LayerNorm, no scales,
+    no attention products."""
+    kinds = (Conv, DepthwiseConv, nn.Linear)
+    layers = {layer for module in modules for layer in module.modules() if isinstance(layer, kinds)}
+    inside = {layer for module in modules for block in module.modules() if isinstance(block, Block) for layer in block.modules()}
+    macs = []
+
+    def count(module, inputs, output):  # a block's layers all work at its output's steps
+        mask = output[1] if isinstance(module, Block) else inputs[1] if isinstance(module, Conv) else output[..., 0] == output[..., 0]
+        macs.append(int(mask.sum()) * sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, kinds)))
+
+    counted = [m for module in modules for m in module.modules() if isinstance(m, Block) or (m in layers and m not in inside)]
+    hooks = [module.register_forward_hook(count) for module in counted]
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    return sum(p.numel() for layer in layers for p in layer.parameters()), sum(macs)
+
+
+def main():
+    """Print Tab. S6 (THUMOS14: D = 2048, T = 2304, 20 classes) beside the paper's figures."""
+    from icd import Discriminator  # the table alone needs it; the detector does not
+    detector, icd = Detector(2048, 20).eval(), Discriminator(2048).eval()
+    feats, mask, pair = torch.zeros(1, 2304, 2048), torch.ones(1, 2304, dtype=torch.bool), torch.zeros(10, 2048)
+    heads = [detector.cls_trunk, detector.cls_out, detector.reg_trunk, detector.reg_out]
+    rows = [("main (backbone + neck)", [detector.backbone], lambda: detector(feats, mask), "26.017 M, 30.608 G"),
+            ("two heads", heads, lambda: detector(feats, mask), "3.179 M, 14.422 G"),
+            ("heads + tIoU and tND", [*heads, detector.quality], lambda: detector(feats, mask), "3.182 M, 14.436 G"),
+            ("ICD, 10 pairs", [icd], lambda: icd(pair, pair), "+0.5 M, +0.005 G")]
+    print(f"{'part':24}{'parameters':>12}{'GMACs':>10}   the paper (Tab. S6)")
+    for name, modules, run, paper in rows:
+        parameters, macs = complexity(modules, run)
+        print(f"{name:24}{parameters:12,}{macs / 1e9:10.3f}   {paper}")
+
+
+if __name__ == "__main__":
+    main()

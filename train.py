@@ -1,0 +1,498 @@
+"""APL, adaptive pseudo-label learning: the settings, the three stages and Eq. (12).
+
+    python train.py                                       toy data, all three stages, a table of mAP
+    python train.py --dataset thumos --ratio 0.1
+    python train.py --dataset my.json --features DIR --stride 25 --frames 50 --out runs/my
+
+Stage 1 pre-trains the backbone with ACP on all training videos, no labels read. Stage 2 trains the detector and ICD on the
+labelled videos. Stage 3 makes pseudo labels (ALQA selects, ICD refines) and trains on labelled and unlabelled videos.
+"""
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from acp import ACP, acp_loss
+from alqa import SCOPES, THRESHOLDS, detection_losses, select
+from data import LAYOUTS, BadInput, blind, crop_segments, load_dataset, load_item, training_batches
+from evaluate import (build_detector, detect, evaluate_detector, in_seconds, parse_tious, pseudo_label_quality, read_checkpoint, table,
+                      write_atomically, write_json)
+from icd import KEPT, MINED, STATUS, Discriminator, bank_of, icd_loss, pool_instances, refine_pseudo_labels, similarity
+from model import BRANCHES, assign_targets
+
+STAGES = ("pretrain", "supervised", "joint")
+
+
+# ---- Settings -------------------------------------------------------------------------------------------------------
+
+def of(default, comment, choices=None):
+    """A setting: its default, its comment (also the command line's help) and, of a switch, the values it may take."""
+    return field(default=default, metadata={"comment": comment, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every number that the method depends on. [S] the paper states it, [J] not given in the paper, [A] ActionFormer's."""
+    # data
+    dataset: str = of("toy", "toy, thumos, activitynet, epic-verb, epic-noun, or the path of an annotation JSON")
+    root: str = of("", "folder of a published dataset, in ActionFormer's layout (default data/thumos and so on)")
+    annotations: str = of("", "annotation file, in place of the layout's")
+    features: str = of("", "feature folder, in place of the layout's (a JSON's default: the folder features beside it)")
+    prefix: str = of("", "what stands before a video's id in its feature file's name")
+    extension: str = of(".npy", "what stands after it")
+    feature_key: str = of("feats", "name of the array in .npz files")
+    stride: float = of(1.0, "frames between two features")
+    frames: float = of(1.0, "frames that a feature sees")
+    fps: float = of(0.0, "frames a second; 0: from the annotation")
+    train_subset: str = of("training", "subset of the training videos, in any letter case")
+    test_subset: str = of("validation", "subset of the test videos")
+    bad_segments: str = of("error", "what a segment that is empty or outside its video does", ("error", "skip"))
+    resize: int = of(0, "resize every video to this number of steps; 0: keep its length")
+    standardize: bool = of(True, "standardise the input over all training videos [J]")
+    ratio: float = of(0.1, "share of labelled training videos [S: 0.1, 0.2, 0.4, 0.6]")
+    split: str = of("uniform", "uniform, stratified, or a file of labelled ids")
+    seed: int = of(0, "seed of everything: split, weights, batches, toy data")
+    max_steps: int = of(2304, "longest crop in training, in steps [A]")
+    crop_min: float = of(0.9, "shortest crop, as a share of the video [A]")
+    # detector
+    channels: int = of(512, "width C [A]")
+    heads: int = of(4, "attention heads H [A]")
+    windows: str = of("19", "attention window of all levels, or one a level with commas; 0: the whole sequence [A]")
+    ranges: str = of("0:4,4:8,8:16,16:32,32:64,64:inf", "offsets that each level regresses, in grid steps [A]")
+    stem: int = of(2, "transformer blocks at full length [A]")
+    drop_path: float = of(0.1, "stochastic depth [A]")
+    position: bool = of(False, "add the absolute position [A: ActivityNet]")
+    radius: float = of(1.5, "centre sampling, in strides [A]")
+    # ALQA
+    alqa: str = of("tiou+tnd", "quality branches [S]; none: plain ActionFormer", BRANCHES)
+    quality_form: str = of("bce", "loss of Eq. (3) [S]", ("bce", "kl"))
+    eps: float = of(1e-6, "least reliability P_tiou - P_tnd in Eq. (4) and (5) [J]")
+    beta: float = of(2.0, "focusing exponent of Eq. (5) [J]")
+    theta_l: float = of(0.15, "joint scores below are dropped, Eq. (6) [S]")
+    threshold: str = of("mean+std", "theta_h of Eq. (6) [J]; fixed: the paper's baseline", THRESHOLDS)
+    theta_fixed: float = of(0.3, "theta_h of the fixed threshold [S]")
+    scope: str = of("video", "what theta_h's statistics are over [J]", SCOPES)
+    # ICD
+    icd: str = of("eap+mpp", "refinement: drop ambiguous positives (eap), mine potential ones (mpp) [S]", ("none", "eap", "mpp", "eap+mpp"))
+    theta_drop: float = of(0.3, "positives of a smaller similarity are dropped [S]")
+    theta_mine: float = of(0.7, "candidates of a larger similarity are mined [S]")
+    icd_pairs: int = of(10, "instances of the same class and of others, Eq. (7) [S]")
+    icd_pool: str = of("max", "pooling over time [S: max]", ("max", "mean"))
+    icd_hidden: int = of(128, "hidden width of Eq. (9) [S, by Tab. S6]")
+    icd_dropout: float = of(0.5, "dropout of Eq. (9) [J]")
+    icd_lr: float = of(1e-3, "learning rate of ICD's Adam [J]")
+    icd_steps: int = of(0, "steps that ICD trains, from the start of stage 2; 0: all of them [J]")
+    # ACP
+    acp: str = of("coarse+fine", "contrasts of Eq. (11) [S]; none leaves stage 1 out", ACP)
+    acp_after: str = of("labelled+unlabelled", "where L_acp goes on after pre-training (Tab. S4) [S]", ("none", "labelled", "labelled+unlabelled"))
+    acp_steps: int = of(40, "steps m drawn from a video [J]")
+    acp_clusters: int = of(4, "clusters of the fine contrast in a batch [S: 4 THUMOS14, 2 ActivityNet]")
+    acp_tau: float = of(0.1, "temperature tau [J]")
+    # loss, Eq. (12)
+    lambda_u: float = of(2.0, "weight of L_unsup [S]")
+    lambda_reg: float = of(1.0, "weight of L_diou [S: 1 THUMOS14, 2 ActivityNet, as [62]]")
+    lambda_quality: float = of(0.1, "weight of L_quality [S]")
+    lambda_acp: float = of(0.1, "weight of L_acp [S]")
+    t_plus: float = of(100.0, "start of the running mean T+ [A]")
+    t_plus_momentum: float = of(0.9, "momentum of T+ [A]")
+    rejected: str = of("masked", "detected and rejected instances in stage 3 [J]", ("masked", "background"))
+    # training
+    batch: int = of(2, "videos a step; in stage 3 as many labelled and as many unlabelled [S]")
+    lr: float = of(1e-4, "learning rate of AdamW, cosine decay [S]")
+    weight_decay: float = of(1e-4, "[S]")
+    warmup: float = of(0.14, "linear warm-up, as a share of a stage: 5 of 35 epochs [J]")
+    clip: float = of(1.0, "gradient norm [J]")
+    pretrain_epochs: int = of(15, "stage 1 [S]")
+    supervised_epochs: int = of(35, "stage 2, warm-up included [J]")
+    supervised_steps: int = of(1500, "stage 2 has at least as many steps [J]")
+    joint_epochs: int = of(40, "stage 3 [S: 40 THUMOS14, 15 ActivityNet]")
+    refresh: int = of(0, "epochs after which pseudo labels are made anew; 0: once, after stage 2 [J]")
+    pseudo_weights: str = of("raw", "weights that make the pseudo labels [J]", ("raw", "ema"))
+    ema: float = of(0.999, "decay of the averaged weights, at most (1 + t) / (10 + t) [J]")
+    # detection
+    pre_nms: int = of(2000, "(point, class) pairs before Soft-NMS [A]")
+    min_score: float = of(0.001, "least joint score, before and in Soft-NMS [A]")
+    min_length: float = of(0.05, "least length of a segment, in steps [A]")
+    nms_sigma: float = of(0.5, "sigma of Soft-NMS [A]")
+    nms_agnostic: bool = of(False, "Soft-NMS over all classes at once [A: ActivityNet]")
+    max_detections: int = of(200, "detections kept a video [A]")
+    tiou: str = of("0.3:0.7:0.1", "thresholds of mAP [S]")
+    weights: str = of("ema", "weights that are reported first [J]", ("ema", "raw"))
+    # run
+    out: str = of("", "folder of everything that the run writes (default runs/<dataset>)")
+    stage: str = of("all", "supervised stops after stage 2 (ActF* of Table 1 with --alqa none --acp none)", ("all", "supervised"))
+    start: str = of("", "checkpoint of a finished stage 2 to begin stage 3 from")
+    resume: bool = of(False, "go on from the checkpoint in --out, if there is one")
+    audit: bool = of(False, "report the pseudo labels' quality; reads hidden labels for this only")
+    precision: str = of("auto", "auto: bfloat16 where the hardware multiplies it fast", ("auto", "float32", "bfloat16"))
+    device: str = of("auto", "auto, cpu, cuda, ...")
+    log_every: int = of(20, "steps between two log lines")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                raise BadInput(f"setting {f.name} must be one of {', '.join(choices)}, not {value!r}")
+            if isinstance(value, (int, float)) and value < 0:
+                raise BadInput(f"setting {f.name} must not be negative, but is {value}")
+        for name in ("batch", "channels", "heads", "stride", "supervised_epochs", "log_every", "acp_steps", "acp_tau", "nms_sigma", "lr"):
+            if not getattr(self, name) > 0:
+                raise BadInput(f"setting {name} must be positive, but is {getattr(self, name)}")
+        parse_tious(self.tiou)
+
+
+# What a dataset changes in the settings (ActionFormer's per dataset); the command line changes these in turn.
+THUMOS = dict(root="data/thumos", stride=4.0, frames=16.0, train_subset="validation", test_subset="test", bad_segments="skip",
+              standardize=False)
+EPIC = dict(root="data/epic_kitchens", extension=".npz", stride=16.0, frames=32.0, fps=30.0, bad_segments="skip", standardize=False,
+            windows="9", ranges="0:4,2:8,4:16,8:32,16:64,32:inf", t_plus=250.0, nms_sigma=0.4, pre_nms=5000, max_detections=2000,
+            tiou="0.1:0.5:0.1")
+SMALL = dict(channels=128, windows="9", lr=1e-3, supervised_steps=400, joint_epochs=20, icd_pool="mean")
+PRESETS = {
+    "thumos": THUMOS,
+    "activitynet": dict(root="data/anet_1.3", prefix="v_", stride=16.0, frames=16.0, fps=25.0, bad_segments="skip", standardize=False,
+                        resize=192, channels=256, windows="7,7,7,7,7,0", position=True, t_plus=200.0, lambda_reg=2.0, nms_sigma=0.75,
+                        nms_agnostic=True, max_detections=100, batch=16, lr=1e-3, acp_clusters=2, joint_epochs=15, scope="dataset",
+                        tiou="0.5:0.95:0.05"),
+    "epic-verb": EPIC,
+    "epic-noun": EPIC,
+    "toy": SMALL | dict(channels=64),
+    "json": SMALL,
+}
+
+# What may differ between a checkpoint and the run that goes on from it: where, how loud, and (with --start) stage 3 alone.
+RUN = {"out", "stage", "start", "resume", "audit", "device", "log_every", "weights"}
+JOINT = {"theta_l", "threshold", "theta_fixed", "scope", "icd", "theta_drop", "theta_mine", "rejected", "joint_epochs", "refresh",
+         "pseudo_weights", "lambda_u", "acp_after"}
+
+
+# ---- Eq. (12) and one step ------------------------------------------------------------------------------------------
+
+def objective(sup, unsup, s):
+    """Eq. (12): L = L_sup + lambda_u * L_unsup,
+    L_x = 1 / T+ * sum_t [ L_cls + 1(t positive) * (lambda_reg * L_diou + lambda_quality * L_quality) ] + lambda_acp * L_acp.
+
+    sup, unsup: {"cls", "reg", "quality" (sums over points), "t_plus", "acp"}; unsup is None in stage 2 -> scalar."""
+    def L_x(x):
+        return (x["cls"] + s.lambda_reg * x["reg"] + s.lambda_quality * x["quality"]) / x["t_plus"] + s.lambda_acp * x["acp"]
+    if unsup is None:
+        return L_x(sup)
+    return L_x(sup) + s.lambda_u * L_x(unsup)
+
+
+def forward(run, batch):
+    """The detector's Outputs of a batch, in the run's precision."""
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.s.precision == "bfloat16"):
+        return run.detector(batch["feats"].to(run.device), batch["mask"].to(run.device))
+
+
+def batch_losses(run, batch, instances, branch):
+    """The terms of L_x of a batch. instances: B records {"segments", "labels", "rejected"}, ground truth or pseudo labels, with
+    the segments (N, 2) that were detected and rejected. branch 0 is labelled, 1 unlabelled, each with its own T+."""
+    s, outputs, K = run.s, forward(run, batch), len(run.data.classes)
+    instances = [{key: r[key].to(run.device) for key in ("segments", "labels", "rejected")} for r in instances]
+    cls_target, offset_target = assign_targets(outputs.points, [r["segments"] for r in instances], [r["labels"] for r in instances],
+                                               K, s.radius)
+    time, positive = outputs.points.time[:, None], cls_target.any(-1)
+    rejected = torch.stack([((time >= r[:, 0]) & (time <= r[:, 1])).any(1) for r in (r["rejected"] for r in instances)])  # (B, P)
+    use = outputs.mask & (positive | ~rejected)
+    if branch == 1:  # a video without a pseudo label leaves L_unsup
+        use = use & torch.tensor([len(r["labels"]) > 0 for r in instances], device=run.device)[:, None]
+    losses = detection_losses(outputs, cls_target, offset_target, use, s.alqa, s.quality_form, s.eps, s.beta)
+    positives = losses["positives"].float().clamp(min=1)
+    run.t_plus[branch] = s.t_plus_momentum * run.t_plus[branch] + (1 - s.t_plus_momentum) * positives
+    acp = outputs.cls_logits.sum() * 0
+    if s.acp != "none" and branch < ("none", "labelled", "labelled+unlabelled").index(s.acp_after):
+        acp = acp_loss(outputs.levels, outputs.masks, batch["feats"].to(run.device), instances, K, s.acp, s.acp_steps, s.acp_clusters,
+                       s.acp_tau, run.generator)
+    return losses | {"t_plus": run.t_plus[branch].clone(), "acp": acp}
+
+
+def advance(run, loss, parts):
+    """One optimiser step on `loss`: schedule, clipping, EMA, and a log line every s.log_every steps."""
+    s = run.s
+    if not math.isfinite(loss.item()):
+        raise FloatingPointError(f"the loss is {loss.item()} at step {run.step} of stage {run.stage}")
+    warm = max(s.warmup * run.total, 1)
+    lr = s.lr * min((run.step + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(run.step - warm, 0) / max(run.total - warm, 1))))
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.detector.parameters(), s.clip)
+    run.optimizer.step()
+    run.step += 1
+    with torch.no_grad():
+        decay = min(s.ema, (1 + run.ema_step) / (10 + run.ema_step))
+        torch._foreach_lerp_(list(run.ema.parameters()), list(run.detector.parameters()), 1 - decay)
+    run.ema_step += 1
+    if run.step % s.log_every == 0 or run.step == run.total:
+        rate = (run.step - run.clock[0]) / max(time.time() - run.clock[1], 1e-9)
+        log(run, step=run.step, of=run.total, loss=loss.item(), lr=lr, rate=rate, left=(run.total - run.step) / rate,
+            **{key: float(torch.as_tensor(value).detach()) for key, value in parts.items()})
+
+
+def log(run, **row):
+    """One line to the screen and to log.jsonl."""
+    row = {"stage": run.stage, "epoch": run.epoch + 1} | row
+    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    with open(run.out / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+# ---- The three stages -----------------------------------------------------------------------------------------------
+
+def epochs(run, stage, count, steps):
+    """The epochs of a stage that are still to do: yields each epoch's numpy generator, and saves the whole run at its end.
+
+    Every epoch draws from generators seeded by (seed, stage, epoch) alone, so a resumed run goes on exactly as it would have."""
+    if STAGES.index(stage) < STAGES.index(run.stage):
+        return
+    if stage != run.stage or run.optimizer is None:
+        run.stage, run.epoch, run.step = stage, 0, 0
+        run.optimizer = make_optimizer(run.detector, run.s)
+    run.total = count * steps
+    run.clock = (run.step, time.time())
+    for run.epoch in range(run.epoch, count):
+        seeds = np.random.SeedSequence([run.s.seed, STAGES.index(stage), run.epoch])
+        seed = int(seeds.generate_state(1)[0])
+        torch.manual_seed(seed)
+        run.generator = torch.Generator().manual_seed(seed)
+        run.detector.train(), run.icd.train()
+        yield np.random.default_rng(seeds)
+        save(run, run.epoch + 1)
+
+
+def pretrain(run):
+    """Stage 1, ACP: contrast the steps of labelled and unlabelled videos; no label is read (Sec. 3.3)."""
+    s, videos = run.s, [blind(v) for v in run.data.labelled + run.data.unlabelled]
+    steps = math.ceil(len(videos) / s.batch)
+    for rng in epochs(run, "pretrain", s.pretrain_epochs, steps):
+        for batch in training_batches(videos, run.data, s, steps, rng):
+            outputs = forward(run, batch)
+            L_acp = acp_loss(outputs.levels, outputs.masks, batch["feats"].to(run.device), None, len(run.data.classes), s.acp,
+                             s.acp_steps, s.acp_clusters, s.acp_tau, run.generator)
+            advance(run, L_acp, {})
+
+
+def supervised(run):
+    """Stage 2: the detector on labelled videos, and ICD beside it with its own optimiser (Sec. 3.1, 3.2)."""
+    s = run.s
+    steps = max(math.ceil(len(run.data.labelled) / s.batch), math.ceil(s.supervised_steps / s.supervised_epochs))
+    for rng in epochs(run, "supervised", s.supervised_epochs, steps):
+        for batch in training_batches(run.data.labelled, run.data, s, steps, rng):
+            sup = batch_losses(run, batch, ground_truth(batch), 0)
+            icd = train_icd(run, batch) if not s.icd_steps or run.step < s.icd_steps else 0.0
+            advance(run, objective(sup, None, s), sup | {"icd": icd})
+
+
+def joint(run):
+    """Stage 3, Fig. 1: detect on unlabelled videos, ALQA selects, ICD refines, the detector learns from both kinds."""
+    s, unlabelled = run.s, {v.id: v for v in run.data.unlabelled}
+    steps = math.ceil(len(unlabelled) / s.batch)
+    for rng in epochs(run, "joint", s.joint_epochs, steps):
+        if run.pseudo is None or (s.refresh and run.epoch and run.epoch % s.refresh == 0):
+            run.pseudo = make_pseudo_labels(run)
+            run.detector.train()
+        taught = [unlabelled[n] for n, r in run.pseudo.items() if positives(r).any()]
+        labelled_batches = training_batches(run.data.labelled, run.data, s, steps, rng)
+        unlabelled_batches = training_batches(taught, run.data, s, steps, rng) if taught else [None] * steps
+        for labelled_batch, unlabelled_batch in zip(labelled_batches, unlabelled_batches):
+            sup, unsup = batch_losses(run, labelled_batch, ground_truth(labelled_batch), 0), None
+            if unlabelled_batch:
+                unsup = batch_losses(run, unlabelled_batch, pseudo_truth(run, unlabelled_batch), 1)
+            advance(run, objective(sup, unsup, s), sup | {f"unsup_{key}": value for key, value in (unsup or {}).items()})
+
+
+def ground_truth(batch):
+    """The instances of a labelled batch."""
+    return [{"segments": g, "labels": l, "rejected": g.new_zeros(0, 2)} for g, l in zip(batch["segments"], batch["labels"])]
+
+
+def positives(record):
+    """Which pseudo labels of a record teach: kept or mined, (N,) bool."""
+    return (record["status"] == KEPT) | (record["status"] == MINED)
+
+
+def pseudo_truth(run, batch):
+    """The instances of an unlabelled batch: its pseudo labels within the crops; what was detected and rejected is masked out of
+    the loss, or background if the setting says so."""
+    instances = []
+    for video, start, mask in zip(batch["videos"], batch["starts"], batch["mask"]):
+        r = run.pseudo[video.id]
+        segments, inside = crop_segments(r["segments"], start, int(mask.sum()))
+        teach, left_out = positives(r) & inside, ~positives(r) & (run.s.rejected == "masked")
+        instances.append({"segments": segments[teach], "labels": r["labels"][teach], "rejected": r["segments"][left_out] - start})
+    return instances
+
+
+def train_icd(run, batch):
+    """One step of ICD's own optimiser on the instances of a labelled batch; returns the loss."""
+    ids = {v.id for v in batch["videos"]}
+    loss = icd_loss(run.icd, run.bank, [i for i, name in enumerate(run.bank["videos"]) if name in ids], run.s.icd_pairs, run.generator)
+    run.icd_optimizer.zero_grad()
+    loss.backward()
+    run.icd_optimizer.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def make_pseudo_labels(run):
+    """Pseudo labels of the unlabelled videos: {id: record of detect(), with "similarity" and "status"}, and the method's pulse.
+
+    1) detect, 2) ALQA selects positives and candidates, 3) ICD scores each, drops ambiguous positives, mines potential ones."""
+    s, videos = run.s, run.data.unlabelled
+    detector = run.ema if s.pseudo_weights == "ema" else run.detector
+    run.icd.eval()
+    records, theta_h = select(detect(detector, videos, run.data, s, run.device), s.theta_l, s.threshold, s.theta_fixed, s.scope)
+    for video, r in zip(videos, records):
+        feats = load_item(video, run.data)["feats"].to(run.device)
+        r["similarity"] = similarity(run.icd, pool_instances(feats, r["segments"], s.icd_pool), r["labels"], run.bank).cpu()
+        r["status"] = refine_pseudo_labels(r.pop("positive"), r["similarity"], s.theta_drop, s.theta_mine, "eap" in s.icd, "mpp" in s.icd)
+    status = torch.cat([r["status"] for r in records])
+    count = {name: int((status == i).sum()) for i, name in enumerate(STATUS)}
+    quality = {}
+    if s.audit:
+        quality = pseudo_label_quality([{k: v[positives(r)] for k, v in r.items()} for r in records], [run.data.hidden[v.id] for v in videos])
+    log(run, positives=count["kept"] + count["dropped"], candidates=count["mined"] + count["candidate"], dropped=count["dropped"],
+        mined=count["mined"], theta_h=float(np.mean(theta_h)), silent=sum(not positives(r).any() for r in records), **quality)
+    return {v.id: r for v, r in zip(videos, records)}
+
+
+# ---- The run: start, save, resume, report ---------------------------------------------------------------------------
+
+def make_optimizer(detector, s):
+    """AdamW; weight decay for the matrices only, as ActionFormer has it."""
+    decay = [p for p in detector.parameters() if p.ndim > 1]
+    rest = [p for p in detector.parameters() if p.ndim <= 1]
+    return torch.optim.AdamW([{"params": decay, "weight_decay": s.weight_decay}, {"params": rest, "weight_decay": 0.0}], lr=s.lr, fused=True)
+
+
+def begin(s, data):
+    """A new run: everything that training changes, as plain fields."""
+    device = torch.device(s.device)
+    torch.manual_seed(s.seed)
+    detector = build_detector(s, data.dim, len(data.classes)).to(device)
+    icd = Discriminator(data.dim, s.icd_hidden, s.icd_dropout).to(device)
+    items = [load_item(v, data) for v in data.labelled]
+    bank = bank_of(items, s.icd_pool) | {"videos": [v.id for v in data.labelled for _ in v.labels]}
+    bank["feats"] = bank["feats"].to(device)
+    return SimpleNamespace(s=s, data=data, device=device, out=Path(s.out), detector=detector, ema=copy.deepcopy(detector).requires_grad_(False),
+                           icd=icd, icd_optimizer=torch.optim.Adam(icd.parameters(), lr=s.icd_lr), bank=bank, optimizer=None, pseudo=None,
+                           t_plus=torch.full((2,), s.t_plus, device=device), stage=STAGES[0] if s.acp != "none" else STAGES[1],
+                           epoch=0, step=0, ema_step=0, total=0, generator=None, clock=None)
+
+
+MODULES = ("detector", "ema", "icd", "icd_optimizer", "optimizer")
+NUMBERS = ("stage", "step", "ema_step", "t_plus", "pseudo")
+
+
+def save(run, epoch):
+    """The whole run as one file, written atomically, with `epoch` epochs of its stage done."""
+    content = {name: getattr(run, name).state_dict() for name in MODULES} | {name: getattr(run, name) for name in NUMBERS}
+    content |= {"epoch": epoch, "settings": asdict(run.s), "classes": run.data.classes, "mean": run.data.mean, "std": run.data.std,
+                "labelled": [v.id for v in run.data.labelled]}
+    write_atomically(run.out / "checkpoint.pt", lambda path: torch.save(content, path))
+
+
+def restore(run, path, free):
+    """Load a checkpoint into a run whose settings differ in `free` at most; raises BadInput for another configuration."""
+    content = read_checkpoint(path, run.device)
+    mine = asdict(run.s)
+    other = [k for k in mine if k not in free and mine[k] != content["settings"].get(k)]
+    if other:
+        raise BadInput(f"checkpoint {path} is of another configuration: its {other[0]} is {content['settings'].get(other[0])!r}, "
+                       f"not {mine[other[0]]!r}")
+    if content["labelled"] != [v.id for v in run.data.labelled] or content["classes"] != run.data.classes:
+        raise BadInput(f"checkpoint {path} is of other data: its labelled videos or classes are not those of {run.s.dataset}")
+    run.optimizer = make_optimizer(run.detector, run.s)
+    for name in MODULES:
+        getattr(run, name).load_state_dict(content[name])
+    for name in NUMBERS + ("epoch",):
+        setattr(run, name, content[name])
+
+
+def report(run):
+    """Detect on the test videos with raw and averaged weights of the last epoch; write what --out receives; print the table."""
+    s, data, out = run.s, run.data, {}
+    for name, detector in (("raw", run.detector), ("ema", run.ema)):
+        out[name] = evaluate_detector(detector, data, s, run.device)
+    metrics, predictions = out[s.weights]
+    other = "raw" if s.weights == "ema" else "ema"
+    write_json(run.out / "predictions.json", predictions)
+    write_json(run.out / "metrics.json", metrics | {"weights": s.weights, f"average_mAP_{other}": out[other][0]["average_mAP"]}, indent=1)
+    pseudo = {v.id: [{"label": data.classes[r["labels"][i]], "segment": segment, "score": float(r["scores"][i]),
+                      "class_score": float(r["p_cls"][i]), "tIoU": float(r["p_tiou"][i]), "tND": float(r["p_tnd"][i]),
+                      "similarity": None if r["similarity"][i].isnan() else float(r["similarity"][i]), "status": STATUS[r["status"][i]]}
+                     for i, segment in enumerate(in_seconds(v, r["segments"]).tolist())]
+              for v in data.unlabelled for r in [(run.pseudo or {}).get(v.id)] if r}
+    write_json(run.out / "pseudo_labels.json", pseudo, indent=1)
+    print(table(metrics, f"{run.out} ({s.weights} weights)"))
+    print(f"average with the {other} weights: {100 * out[other][0]['average_mAP']:.2f}")
+
+
+def fast_bfloat16(device):
+    """Whether the hardware multiplies bfloat16 matrices faster than float32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
+
+
+def parse_settings(argv):
+    """The Settings of a command line: the defaults, changed by the dataset's preset, changed by the arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for f in fields(Settings):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
+        parser.add_argument("--" + f.name.replace("_", "-"), help=f"{f.metadata['comment']} (default {f.default})", **kind)
+    given = vars(parser.parse_args(argv))
+    dataset = given.get("dataset", "toy")
+    if dataset not in PRESETS and not dataset.endswith(".json"):
+        raise BadInput(f"--dataset must be one of {', '.join(p for p in PRESETS if p != 'json')}, or an annotation file *.json, not {dataset!r}")
+    preset = PRESETS.get(dataset, PRESETS["json"])
+    given = {"out": f"runs/{Path(dataset).stem}"} | preset | given
+    device = given.get("device", "auto")
+    given["device"] = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if given.get("precision", "auto") == "auto":
+        given["precision"] = "bfloat16" if fast_bfloat16(torch.device(given["device"])) else "float32"
+    return Settings(**given)
+
+
+def main(argv=None):
+    """The command line; returns the exit code, 2 for bad input."""
+    try:
+        s = parse_settings(argv)
+        data = load_dataset(s)
+        if s.stage == "all" and not data.unlabelled:
+            raise BadInput(f"--ratio {s.ratio} leaves no unlabelled video for stage 3; --stage supervised needs none")
+        run = begin(s, data)
+        if s.resume and (run.out / "checkpoint.pt").exists():
+            restore(run, run.out / "checkpoint.pt", RUN)
+        elif s.start:
+            restore(run, s.start, RUN | JOINT)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    run.out.mkdir(parents=True, exist_ok=True)
+    write_json(run.out / "config.json", asdict(s), indent=1)
+    write_json(run.out / "split.json", {"labelled": [v.id for v in data.labelled], "unlabelled": [v.id for v in data.unlabelled],
+                                        "missing_classes": data.missing}, indent=1)
+    print(f"{len(data.labelled)} labelled, {len(data.unlabelled)} unlabelled, {len(data.test)} test videos; {len(data.classes)} classes, "
+          f"{len(data.missing)} without a labelled instance{': ' if data.missing else ''}{', '.join(data.missing)}; {s.device}, {s.precision}")
+    pretrain(run)
+    supervised(run)
+    if s.stage == "all":
+        joint(run)
+    report(run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
