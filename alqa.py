@@ -103,6 +103,22 @@ def detection_losses(outputs, cls_target, offset_target, use, branches, form, ep
 
 
 @torch.no_grad()
+def without_repeats(detections, overlap):
+    """A video's detections without those whose tIoU with a better one of their class is over `overlap` (1: all stay).
+
+    Not given in the paper. Soft-NMS leaves repeats of an instance with a lower score: they would come back as candidates, be
+    mined as second pseudo labels of what is labelled already, and mask the background around it."""
+    order = torch.argsort(detections["scores"], descending=True, stable=True)
+    d = {key: value[order] for key, value in detections.items()}
+    repeats = torch.triu(tiou(d["segments"][:, None], d["segments"]) > overlap, 1) & (d["labels"][:, None] == d["labels"])
+    keep = torch.ones(len(order), dtype=torch.bool)
+    for i in range(len(order)):
+        if keep[i]:
+            keep &= ~repeats[i]
+    return {key: value[keep] for key, value in d.items()}
+
+
+@torch.no_grad()
 def select(detections, theta_l, threshold, theta_fixed, scope):
     """Eq. (6): U+ = {s_i >= theta_h}, U_can = {theta_l < s_i < theta_h}, theta_h = mean(s) + std(s) over s > theta_l.
 

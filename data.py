@@ -6,6 +6,7 @@ that names the file, the video and the value.
 """
 import json
 import math
+import sys
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -21,13 +22,14 @@ class BadInput(Exception):
     """Input from outside that cannot be used; the message is one sentence for the user."""
 
 
-# Where a published dataset lies below --root (ActionFormer's layout), and where its features come from.
+# Where a published dataset lies below --root, in the layout of the public ActionFormer, which also offers its features.
 LAYOUTS = {
-    "thumos": ("annotations/thumos14.json", "i3d_features", "the I3D features of THUMOS14 come with the public ActionFormer (github.com/happyharrycn/actionformer_release)"),
-    "activitynet": ("annotations/anet1.3_i3d_filtered.json", "i3d_features", "the I3D features of ActivityNet v1.3 come with the public ActionFormer (github.com/happyharrycn/actionformer_release)"),
-    "epic-verb": ("annotations/epic_kitchens_100_verb.json", "features", "the SlowFast features of EPIC-KITCHENS-100 come with the public ActionFormer (github.com/happyharrycn/actionformer_release)"),
-    "epic-noun": ("annotations/epic_kitchens_100_noun.json", "features", "the SlowFast features of EPIC-KITCHENS-100 come with the public ActionFormer (github.com/happyharrycn/actionformer_release)"),
+    "thumos": ("annotations/thumos14.json", "i3d_features"),
+    "activitynet": ("annotations/anet1.3_i3d_filtered.json", "i3d_features"),
+    "epic-verb": ("annotations/epic_kitchens_100_verb.json", "features"),
+    "epic-noun": ("annotations/epic_kitchens_100_noun.json", "features"),
 }
+ORIGIN = "the public ActionFormer (github.com/happyharrycn/actionformer_release) says where to get both"
 
 
 # ---- Seconds <-> grid -----------------------------------------------------------------------------------------------
@@ -101,15 +103,11 @@ def read_annotations(path):
     return videos
 
 
-def check_segments(path, name, a, bad_segments):
-    """Segments with end <= start or wholly outside the video: BadInput, or left out if `bad_segments` is "skip" (THUMOS14
-    and ActivityNet hold some). Returns the boolean rows that are good."""
+def good_segments(a):
+    """Which segments of an Annotation end after they start and lie at least half inside the video, (N,) bool."""
     starts, ends = a.segments.T
-    good = (ends > starts) & (ends > 0) & (starts < (a.duration or math.inf))
-    if bad_segments == "error" and not good.all():
-        raise BadInput(f"annotation file {path}, video {name}: the segment {a.segments[~good][0].tolist()} "
-                       f"ends before it starts or lies outside the video (duration {a.duration}); --bad-segments skip leaves it out")
-    return good
+    inside = np.minimum(ends, a.duration or math.inf) - np.maximum(starts, 0)
+    return (ends > starts) & (inside >= 0.5 * (ends - starts))
 
 
 def class_names(annotations):
@@ -142,9 +140,8 @@ def split_videos(videos, ratio, split, seed):
         return sorted(order[:count])
     chosen, covered = [], set()
     while len(chosen) < count:
-        new = lambda name: len(set(videos[name].labels) - covered)
-        best = max(order, key=new)
-        if new(best) == 0 and covered:  # every class that is left has been drawn: the next round
+        best = max(order, key=lambda name, covered=covered: len(set(videos[name].labels) - covered))
+        if covered and not set(videos[best].labels) - covered:  # every class that is left has been drawn: the next round
             covered = set()
             continue
         order.remove(best), chosen.append(best)
@@ -228,16 +225,19 @@ def open_video(name, a, source, s, index, path, labelled):
     if not fps:
         raise BadInput(f"annotation file {path}, video {name}: it has no fps; give --fps")
     steps, grid = len(feats), Grid(fps, s.stride, s.frames)
-    duration = a.duration or (steps * s.stride + s.frames) / fps
+    span = ((steps - 1) * s.stride + s.frames) / fps
+    duration = a.duration or span
+    if not 0.5 < span / duration < 2:
+        print(f"warning: the features of {name} span {span:.1f} s, its annotation {duration:.1f} s; are --stride {s.stride}, "
+              f"--frames {s.frames} and the fps {fps} right?", file=sys.stderr)
     if s.resize:  # the whole video on a fixed number of steps, as ActionFormer does for ActivityNet
         stride = ((steps - 1) * s.stride + s.frames) / s.resize
         steps, grid = s.resize, Grid(fps, stride, stride)
-    fields = dict(id=name, source=source, key=s.feature_key, grid=grid, steps=steps, duration=duration)
-    video = Video(**fields)
+    video = Video(name, source, s.feature_key, grid, steps, duration)
     if labelled:
-        good = check_segments(path, name, a, s.bad_segments)
+        good = good_segments(a)
         segments = grid.to_grid(np.clip(a.segments[good], 0, duration))
-        video = LabelledVideo(**fields, segments=torch.tensor(segments, dtype=torch.float32),
+        video = LabelledVideo(**vars(video), segments=torch.tensor(segments, dtype=torch.float32),
                               labels=torch.tensor([index[l] for l, ok in zip(a.labels, good) if ok], dtype=torch.long))
     return video, (len(feats), feats.sum(0), (feats ** 2).sum(0))
 
@@ -261,12 +261,12 @@ class Dataset:
 def locate(s):
     """The annotation file and the feature folder of the settings; raises BadInput if a published dataset lacks one."""
     if s.dataset in LAYOUTS:
-        layout, folder, origin = LAYOUTS[s.dataset]
+        layout, folder = LAYOUTS[s.dataset]
         path, folder = Path(s.annotations or Path(s.root) / layout), Path(s.features or Path(s.root) / folder)
         for place in (path, folder):
             if not place.exists():
-                raise BadInput(f"--dataset {s.dataset}: {place} is missing; expected are the annotations {path} and the features "
-                               f"{folder}/{s.prefix}<id>{s.extension} (--root, or --annotations and --features, name other places); {origin}")
+                raise BadInput(f"--dataset {s.dataset}: {place} is missing; expected are the annotations {path} and the "
+                               f"features {folder}/{s.prefix}<id>{s.extension} (--root, or --annotations and --features, name other places); {ORIGIN}")
         return path, folder
     path = Path(s.annotations or s.dataset)
     return path, Path(s.features or path.parent / "features")
@@ -290,10 +290,14 @@ def load_dataset(s, trained=None):
                            f"{sorted({a.subset for a in annotations.values()})} (--train-subset, --test-subset)")
     classes = trained["classes"] if trained else class_names([*train.values(), *test.values()])
     index = {label: i for i, label in enumerate(classes)}
-    for name, a in [*train.items(), *test.items()]:
-        for label in a.labels:
-            if label not in index:
-                raise BadInput(f"annotation file {path}, video {name}: unknown label {label!r}; the checkpoint knows {len(classes)} others")
+    for name, a in (train | test).items():
+        good = good_segments(a)
+        if s.bad_segments == "error" and not good.all():  # THUMOS14 and ActivityNet hold some, left out in training
+            raise BadInput(f"annotation file {path}, video {name}: the segment {a.segments[~good][0].tolist()} ends before it starts or "
+                           f"lies outside the video (duration {a.duration}); --bad-segments skip leaves such segments out")
+        unknown = [label for label in a.labels if label not in classes]
+        if unknown:
+            raise BadInput(f"annotation file {path}, video {name}: the label {unknown[0]!r} is unknown to the checkpoint")
     labelled_ids = set() if trained else set(split_videos(train, s.ratio, s.split, s.seed))
     opened, sums = {}, []
     for name, a in (test if trained else train | test).items():

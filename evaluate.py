@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,14 +21,23 @@ from alqa import joint_score
 from data import BadInput, collate, load_dataset, load_item, read_annotations, read_json
 from model import Detector, decode, soft_nms, tiou
 
-
 # ---- Detection ------------------------------------------------------------------------------------------------------
 
 def build_detector(s, dim, num_classes):
-    """The Detector that the settings `s` describe, for `dim` input channels."""
-    ranges = [tuple(map(float, pair.split(":"))) for pair in s.ranges.split(",")]
-    windows = [int(w) for w in s.windows.split(",")]
+    """The Detector that the settings `s` describe, for `dim` input channels; raises BadInput where they do not fit together."""
+    try:
+        windows = [int(w) for w in s.windows.split(",")]
+    except ValueError:
+        raise BadInput(f"setting windows must be whole numbers with commas, not {s.windows!r}") from None
+    try:
+        ranges = [(float(low), float(high)) for low, high in (pair.split(":") for pair in s.ranges.split(","))]
+    except ValueError:
+        raise BadInput(f"setting ranges must be low:high pairs with commas, not {s.ranges!r}") from None
     windows = windows * len(ranges) if len(windows) == 1 else windows
+    if len(windows) != len(ranges):
+        raise BadInput(f"setting windows gives {len(windows)} levels, setting ranges {len(ranges)}")
+    if s.channels % s.heads:
+        raise BadInput(f"setting channels, {s.channels}, is no multiple of heads, {s.heads}")
     return Detector(dim, num_classes, s.channels, s.heads, windows, s.stem, s.drop_path, ranges, s.alqa, s.position)
 
 
@@ -238,14 +248,15 @@ def read_checkpoint(path, device="cpu"):
         return checkpoint
     except FileNotFoundError:
         raise BadInput(f"checkpoint not found: {path}") from None
-    except Exception as error:  # torch.load raises many kinds for a file cut short, pickled or foreign
+    except (OSError, ValueError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:  # cut short, pickled or foreign
         raise BadInput(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def evaluate_detector(detector, data, s, device):
     """(metrics, predictions) of a detector on the test videos."""
     predictions = export(data.test, detect(detector, data.test, data, s, device), data.classes)
-    return mean_average_precision(data.ground_truth, known_only(predictions["results"], data.ground_truth), parse_tious(s.tiou)), predictions
+    found = known_only(predictions["results"], data.ground_truth)
+    return mean_average_precision(data.ground_truth, found, parse_tious(s.tiou)), predictions
 
 
 def read_predictions(path):

@@ -63,6 +63,8 @@ class Conv(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(self, x, mask):
+        if torch.is_autocast_enabled(x.device.type):  # copy in the smaller type
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         return F.linear(torch.cat(shifted(x), -1), self.weight, self.bias) * mask[..., None]
 
 

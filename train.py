@@ -21,11 +21,38 @@ import numpy as np
 import torch
 
 from acp import ACP, acp_loss
-from alqa import SCOPES, THRESHOLDS, detection_losses, select
-from data import LAYOUTS, BadInput, blind, crop_segments, load_dataset, load_item, training_batches
-from evaluate import (build_detector, detect, evaluate_detector, in_seconds, parse_tious, pseudo_label_quality, read_checkpoint, table,
-                      write_atomically, write_json)
-from icd import KEPT, MINED, STATUS, Discriminator, bank_of, icd_loss, pool_instances, refine_pseudo_labels, similarity
+from alqa import SCOPES, THRESHOLDS, detection_losses, select, without_repeats
+from data import (
+    BadInput,
+    blind,
+    crop_segments,
+    load_dataset,
+    load_item,
+    training_batches,
+)
+from evaluate import (
+    build_detector,
+    detect,
+    evaluate_detector,
+    in_seconds,
+    parse_tious,
+    pseudo_label_quality,
+    read_checkpoint,
+    table,
+    write_atomically,
+    write_json,
+)
+from icd import (
+    KEPT,
+    MINED,
+    STATUS,
+    Discriminator,
+    bank_of,
+    icd_loss,
+    pool_instances,
+    refine_pseudo_labels,
+    similarity,
+)
 from model import BRANCHES, assign_targets
 
 STAGES = ("pretrain", "supervised", "joint")
@@ -79,6 +106,7 @@ class Settings:
     theta_l: float = of(0.15, "joint scores below are dropped, Eq. (6) [S]")
     threshold: str = of("mean+std", "theta_h of Eq. (6) [J]; fixed: the paper's baseline", THRESHOLDS)
     theta_fixed: float = of(0.3, "theta_h of the fixed threshold [S]")
+    repeat: float = of(0.5, "tIoU with a better pseudo label of the class, over which one is a repeat and removed; 1: none [J]")
     scope: str = of("video", "what theta_h's statistics are over [J]", SCOPES)
     # ICD
     icd: str = of("eap+mpp", "refinement: drop ambiguous positives (eap), mine potential ones (mpp) [S]", ("none", "eap", "mpp", "eap+mpp"))
@@ -150,27 +178,27 @@ class Settings:
 
 
 # What a dataset changes in the settings (ActionFormer's per dataset); the command line changes these in turn.
-THUMOS = dict(root="data/thumos", stride=4.0, frames=16.0, train_subset="validation", test_subset="test", bad_segments="skip",
-              standardize=False)
-EPIC = dict(root="data/epic_kitchens", extension=".npz", stride=16.0, frames=32.0, fps=30.0, bad_segments="skip", standardize=False,
-            windows="9", ranges="0:4,2:8,4:16,8:32,16:64,32:inf", t_plus=250.0, nms_sigma=0.4, pre_nms=5000, max_detections=2000,
-            tiou="0.1:0.5:0.1")
-SMALL = dict(channels=128, windows="9", lr=1e-3, supervised_steps=400, joint_epochs=20, icd_pool="mean")
+THUMOS = {"root": "data/thumos", "stride": 4.0, "frames": 16.0, "train_subset": "validation", "test_subset": "test", "bad_segments": "skip",
+              "standardize": False}
+EPIC = {"root": "data/epic_kitchens", "extension": ".npz", "stride": 16.0, "frames": 32.0, "fps": 30.0, "bad_segments": "skip", "standardize": False,
+            "windows": "9", "ranges": "0:4,2:8,4:16,8:32,16:64,32:inf", "t_plus": 250.0, "nms_sigma": 0.4, "pre_nms": 5000, "max_detections": 2000,
+            "tiou": "0.1:0.5:0.1"}
+SMALL = {"channels": 128, "windows": "9", "lr": 1e-3, "supervised_steps": 400, "joint_epochs": 20, "icd_pool": "mean"}
 PRESETS = {
     "thumos": THUMOS,
-    "activitynet": dict(root="data/anet_1.3", prefix="v_", stride=16.0, frames=16.0, fps=25.0, bad_segments="skip", standardize=False,
-                        resize=192, channels=256, windows="7,7,7,7,7,0", position=True, t_plus=200.0, lambda_reg=2.0, nms_sigma=0.75,
-                        nms_agnostic=True, max_detections=100, batch=16, lr=1e-3, acp_clusters=2, joint_epochs=15, scope="dataset",
-                        tiou="0.5:0.95:0.05"),
+    "activitynet": {"root": "data/anet_1.3", "prefix": "v_", "stride": 16.0, "frames": 16.0, "fps": 25.0, "bad_segments": "skip", "standardize": False,
+                        "resize": 192, "channels": 256, "windows": "7,7,7,7,7,0", "position": True, "t_plus": 200.0, "lambda_reg": 2.0, "nms_sigma": 0.75,
+                        "nms_agnostic": True, "max_detections": 100, "batch": 16, "lr": 1e-3, "acp_clusters": 2, "joint_epochs": 15, "scope": "dataset",
+                        "tiou": "0.5:0.95:0.05"},
     "epic-verb": EPIC,
     "epic-noun": EPIC,
-    "toy": SMALL | dict(channels=64),
+    "toy": SMALL | {"channels": 64},
     "json": SMALL,
 }
 
 # What may differ between a checkpoint and the run that goes on from it: where, how loud, and (with --start) stage 3 alone.
 RUN = {"out", "stage", "start", "resume", "audit", "device", "log_every", "weights"}
-JOINT = {"theta_l", "threshold", "theta_fixed", "scope", "icd", "theta_drop", "theta_mine", "rejected", "joint_epochs", "refresh",
+JOINT = {"theta_l", "threshold", "theta_fixed", "repeat", "scope", "icd", "theta_drop", "theta_mine", "rejected", "joint_epochs", "refresh",
          "pseudo_weights", "lambda_u", "acp_after"}
 
 
@@ -261,7 +289,8 @@ def epochs(run, stage, count, steps):
         run.optimizer = make_optimizer(run.detector, run.s)
     run.total = count * steps
     run.clock = (run.step, time.time())
-    for run.epoch in range(run.epoch, count):
+    for epoch in range(run.epoch, count):
+        run.epoch = epoch
         seeds = np.random.SeedSequence([run.s.seed, STAGES.index(stage), run.epoch])
         seed = int(seeds.generate_state(1)[0])
         torch.manual_seed(seed)
@@ -352,7 +381,8 @@ def make_pseudo_labels(run):
     s, videos = run.s, run.data.unlabelled
     detector = run.ema if s.pseudo_weights == "ema" else run.detector
     run.icd.eval()
-    records, theta_h = select(detect(detector, videos, run.data, s, run.device), s.theta_l, s.threshold, s.theta_fixed, s.scope)
+    records = [without_repeats(r, s.repeat) for r in detect(detector, videos, run.data, s, run.device)]
+    records, theta_h = select(records, s.theta_l, s.threshold, s.theta_fixed, s.scope)
     for video, r in zip(videos, records):
         feats = load_item(video, run.data)["feats"].to(run.device)
         r["similarity"] = similarity(run.icd, pool_instances(feats, r["segments"], s.icd_pool), r["labels"], run.bank).cpu()
