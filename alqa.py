@@ -57,19 +57,19 @@ def joint_score(p_cls, p_tiou, p_tnd, eps=1e-6):
 
 
 def soft_label(onehot, tiou_target, tnd_target, branches, eps=1e-6):
-    """The DIoU-based soft label Y = onehot * max(tIoU - tND, eps) of Eq. (5), from the computed, detached overlaps.
+    """The DIoU-based soft label Y = onehot * max(tIoU - tND, eps), from the computed, detached overlaps (Sec. 3.1).
 
-    onehot (..., K), overlaps (...) -> (..., K). A tIoU branch alone predicts tIoU, so its label is onehot * tIoU."""
+    The Y of Eq. (5). onehot (..., K), overlaps (...) -> (..., K). A tIoU branch alone predicts tIoU: its label is onehot * tIoU."""
     reliability = tiou_target if branches == "tiou" else tiou_target - tnd_target
     return onehot * reliability.clamp(min=eps)[..., None]
 
 
 def classification_loss(cls_logits, p_tiou, p_tnd, Y, beta=2.0, eps=1e-6):
-    """Eq. (5): L_cls = sum_k |Y - P|^beta * BCE(P, Y), P the joint score of Eq. (4).
+    """Eq. (5): L_cls = sum_k |Y - P|^beta * BCE(P, Y).
 
-    cls_logits and Y (..., K), p_tiou and p_tnd (...) -> (...). The paper says focal loss with soft labels; this form, the
-    quality focal loss [24], is not given there but has its minimum at P = Y, which focal loss with soft targets has not,
-    and Eq. (6) needs a calibrated P. In logs, since P_cls starts at 0.01."""
+    cls_logits and Y (..., K), p_tiou and p_tnd (...) -> (...); P is the joint score of Eq. (4). The paper says focal loss with
+    soft labels; this form, the quality focal loss [24], is not given there but has its minimum at P = Y, which focal loss with
+    soft targets has not, and Eq. (6) needs a calibrated P. In logs, since P_cls starts at 0.01."""
     log_p = F.logsigmoid(cls_logits) + (p_tiou - p_tnd).clamp(min=eps).log()[..., None]
     P = log_p.exp()
     log_1_minus_p = torch.log(-torch.expm1(log_p.clamp(max=-1e-7)))

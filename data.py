@@ -265,8 +265,9 @@ def locate(s):
         path, folder = Path(s.annotations or Path(s.root) / layout), Path(s.features or Path(s.root) / folder)
         for place in (path, folder):
             if not place.exists():
-                raise BadInput(f"--dataset {s.dataset}: {place} is missing; expected are the annotations {path} and the "
-                               f"features {folder}/{s.prefix}<id>{s.extension} (--root, or --annotations and --features, name other places); {ORIGIN}")
+                raise BadInput(f"--dataset {s.dataset}: {place} is missing; expected are the annotations {path} and the features "
+                               f"{folder}/{s.prefix}<id>{s.extension} (--root, or --annotations and --features, name other "
+                               f"places); {ORIGIN}")
         return path, folder
     path = Path(s.annotations or s.dataset)
     return path, Path(s.features or path.parent / "features")

@@ -96,6 +96,21 @@ def export(videos, records, classes):
     return {"version": "VERSION 1.3", "results": results, "external_data": {}}
 
 
+def export_pseudo_labels(videos, records, classes, status):
+    """Pseudo labels in seconds: {id: [{"label", "segment", "score", "class_score", "tIoU", "tND", "similarity", "status"}]}.
+
+    records: {id: record of train.make_pseudo_labels}; a similarity without labelled instances is None; `status` names the states."""
+    names = {"score": "scores", "class_score": "p_cls", "tIoU": "p_tiou", "tND": "p_tnd", "similarity": "similarity"}
+    found = {}
+    for video in videos:
+        r = {key: value.tolist() for key, value in records[video.id].items()}
+        rows = zip(r["labels"], in_seconds(video, records[video.id]["segments"]).tolist(), r["status"], *(r[key] for key in names.values()))
+        found[video.id] = [{"label": classes[label], "segment": segment, "status": status[state]}
+                           | {name: None if math.isnan(value) else value for name, value in zip(names, values)}
+                           for label, segment, state, *values in rows]
+    return found
+
+
 # ---- mAP ------------------------------------------------------------------------------------------------------------
 
 def interpolated_ap(tp, positives):

@@ -13,6 +13,7 @@ from torch import nn
 # that stays out.
 STATUS = ("kept", "dropped", "mined", "candidate")
 KEPT, DROPPED, MINED, CANDIDATE = range(4)
+REFINEMENTS = ("none", "eap", "mpp", "eap+mpp")
 
 
 def pool_instances(feats, segments, pool):
@@ -103,15 +104,19 @@ def similarity(D, feats, labels, bank):
     return s
 
 
-def refine_pseudo_labels(positive, similarity, theta_drop, theta_mine, eap, mpp):
-    """Sec. 3.2: what becomes of the detections that ALQA selected, by their similarity to labelled instances.
+@torch.no_grad()
+def refine_pseudo_labels(record, D, bank, feats, pool, theta_drop, theta_mine, switches):
+    """Sec. 3.2: what becomes of a video's detections that ALQA selected. feats (T, D) are the video's raw input features.
 
-    positive (N,) bool (False: a candidate), similarity (N,) or NaN -> status (N,), an index into STATUS.
-    1) EAP drops the ambiguous positives, s < theta_drop; 2) MPP mines the potential positives, candidates with
-    s > theta_mine. Where the class has no labelled instance (NaN), positives stay and none is mined."""
+    1) Score: "similarity" (N,) of each to the labelled instances of its class, NaN where there are none. 2) EAP drops the
+    ambiguous positives, s < theta_drop. 3) MPP mines the potential positives, candidates with s > theta_mine. Where s is NaN
+    positives stay and none is mined. `switches` is one of REFINEMENTS. Adds "similarity" and "status" (N,), an index into
+    STATUS, to the record in the place of "positive"."""
+    s = similarity(D, pool_instances(feats, record["segments"], pool), record["labels"], bank).cpu()
+    positive = record.pop("positive")
     status = torch.where(positive, KEPT, CANDIDATE)
-    if eap:
-        status[positive & (similarity < theta_drop)] = DROPPED
-    if mpp:
-        status[~positive & (similarity > theta_mine)] = MINED
-    return status
+    if "eap" in switches:
+        status[positive & (s < theta_drop)] = DROPPED
+    if "mpp" in switches:
+        status[~positive & (s > theta_mine)] = MINED
+    record |= {"similarity": s, "status": status}

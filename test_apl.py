@@ -42,9 +42,11 @@ def generator(seed=0):
 
 def public_weights(state):
     """The public ActionFormer's state dict under this project's names and shapes."""
-    names = [(r"backbone\.embd\.(\d)\.conv", r"backbone.embed.\1"), (r"backbone\.embd_norm", "backbone.embed_norms"), (r"\.ln(\d)\.", r".norm\1."),
+    names = [(r"backbone\.embd\.(\d)\.conv", r"backbone.embed.\1"), (r"backbone\.embd_norm", "backbone.embed_norms"),
+             (r"\.ln(\d)\.", r".norm\1."),
              (r"attn\.(query|key|value)_conv\.conv", r"attn.convs.\1"), (r"attn\.(query|key|value)_norm", r"attn.norms.\1"),
-             (r"attn\.(query|key|value)\.", r"attn.linears.\1."), (r"mlp\.3", "mlp.2"), (r"drop_path_attn", "drop1"), (r"drop_path_mlp", "drop2"),
+             (r"attn\.(query|key|value)\.", r"attn.linears.\1."), (r"mlp\.3", "mlp.2"), (r"drop_path_attn", "drop1"),
+             (r"drop_path_mlp", "drop2"),
              (r"neck\.fpn_norms", "backbone.neck"), (r"cls_head\.cls_head\.conv", "cls_out"), (r"reg_head\.offset_head\.conv", "reg_out"),
              (r"(cls|reg)_head\.head\.(\d)\.conv", r"\1_trunk.convs.\2"), (r"(cls|reg)_head\.norm", r"\1_trunk.norms"),
              (r"query", "0"), (r"key", "1"), (r"value", "2")]
@@ -86,7 +88,8 @@ def test_public_checkpoint_gives_the_public_outputs(tiny):
         T = ref[f"mask_{level}"].shape[-1]
         mask = torch.from_numpy(ref[f"mask_{level}"])[:, 0]
         assert torch.equal(out.masks[level], mask)
-        for name, mine in (("fpn", out.levels[level]), ("cls_logits", out.cls_logits[:, start:start + T]), ("offsets", out.offsets[:, start:start + T])):
+        rows = slice(start, start + T)
+        for name, mine in (("fpn", out.levels[level]), ("cls_logits", out.cls_logits[:, rows]), ("offsets", out.offsets[:, rows])):
             theirs = torch.from_numpy(ref[f"{name}_{level}"]).transpose(1, 2)
             assert torch.allclose(mine[mask], theirs[mask], atol=1e-5), (name, level)
         points = torch.stack([out.points.time, out.points.low, out.points.high, out.points.stride], 1)[start:start + T]
@@ -140,7 +143,8 @@ def thumos_predictions():
 def test_map_matches_the_activitynet_toolkit(name):
     expected = json.loads((SHARED / f"reference/{name}_expected.json").read_text())
     truth = {n: a for n, a in data.read_annotations(SHARED / "data/thumos14/thumos14.json").items() if a.subset == "Test"}
-    found = thumos_predictions() if name == "actionformer_thumos14" else evaluate.read_predictions(SHARED / "reference/map_thumos14_predictions.json")
+    made_up = SHARED / "reference/map_thumos14_predictions.json"
+    found = thumos_predictions() if name == "actionformer_thumos14" else evaluate.read_predictions(made_up)
     metrics = evaluate.mean_average_precision(truth, found, expected["tious"])
     mine = np.array([metrics["ap"][label] for label in expected["labels"]]).T
     assert np.abs(mine - np.array(expected["ap"])).max() < 1e-9
@@ -343,8 +347,8 @@ def test_quality_loss_is_least_at_the_target(form):
 
 def test_kl_is_another_loss_than_bce():
     p = torch.tensor([0.2], requires_grad=True)
-    grads = [torch.autograd.grad(alqa.quality_loss(p, p * 0, torch.tensor([0.7]), p * 0, "tiou", form).sum(), p)[0] for form in ("bce", "kl")]
-    assert not torch.allclose(*grads, rtol=0.1)
+    loss = lambda form: alqa.quality_loss(p, p * 0, torch.tensor([0.7]), p * 0, "tiou", form).sum()
+    assert not torch.allclose(torch.autograd.grad(loss("bce"), p)[0], torch.autograd.grad(loss("kl"), p)[0], rtol=0.1)
 
 
 def test_quality_targets_carry_no_gradient():
@@ -429,18 +433,28 @@ def test_similarity_is_the_mean_over_labelled_instances_of_the_class():
     D, b = icd.Discriminator(4).eval(), bank([0, 0, 2])
     feats, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
     s = icd.similarity(D, feats, labels, b)
-    assert float(s[0]) == pytest.approx(np.mean([float(torch.sigmoid(D(feats[:1], b["feats"][j:j + 1])).detach()) for j in (0, 1)]), abs=1e-6)
+    by_hand = [float(torch.sigmoid(D(feats[:1], b["feats"][j:j + 1])).detach()) for j in (0, 1)]
+    assert float(s[0]) == pytest.approx(np.mean(by_hand), abs=1e-6)
     assert s[1].isnan()  # a class without labelled instances
     assert len(icd.similarity(D, feats[:0], labels[:0], b)) == 0
 
 
 def test_refinement_drops_and_mines():
-    positive, s = torch.tensor([True, True, True, False, False, False]), torch.tensor([0.2, 0.5, math.nan, 0.8, 0.6, math.nan])
-    words = lambda eap, mpp: [icd.STATUS[i] for i in icd.refine_pseudo_labels(positive, s, 0.3, 0.7, eap, mpp)]
-    assert words(True, True) == ["dropped", "kept", "kept", "mined", "candidate", "candidate"]
-    assert words(True, False) == ["dropped", "kept", "kept", "candidate", "candidate", "candidate"]
-    assert words(False, True) == ["kept", "kept", "kept", "mined", "candidate", "candidate"]
-    assert words(False, False) == ["kept", "kept", "kept", "candidate", "candidate", "candidate"]
+    s = torch.tensor([0.2, 0.5, 0.9, 0.8, 0.6, 0.9])
+    b = {"feats": torch.zeros(1, 1), "labels": torch.tensor([0])}  # class 1 has no labelled instance: similarity NaN
+    D = lambda a, _: torch.logit(a[:, 0])
+
+    def words(switches):
+        r = {"segments": torch.arange(6.0)[:, None].expand(6, 2), "labels": torch.tensor([0, 0, 1, 0, 0, 1]),
+             "positive": torch.tensor([True, True, True, False, False, False])}
+        icd.refine_pseudo_labels(r, D, b, s[:, None], "max", 0.3, 0.7, switches)
+        assert r["similarity"].isnan().tolist() == [False, False, True, False, False, True]
+        assert "positive" not in r
+        return [icd.STATUS[i] for i in r["status"]]
+    assert words("eap+mpp") == ["dropped", "kept", "kept", "mined", "candidate", "candidate"]
+    assert words("eap") == ["dropped", "kept", "kept", "candidate", "candidate", "candidate"]
+    assert words("mpp") == ["kept", "kept", "kept", "mined", "candidate", "candidate"]
+    assert words("none") == ["kept", "kept", "kept", "candidate", "candidate", "candidate"]
 
 
 def test_pooling_takes_steps_inside_or_the_nearest():
@@ -593,8 +607,8 @@ def test_datasets_open_with_their_presets(own):
     assert (thumos.stride, thumos.frames, thumos.channels, thumos.t_plus, thumos.tiou) == (4, 16, 512, 100, "0.3:0.7:0.1")
     anet = settings("--dataset", "activitynet", "--lr", 0.5)
     assert (anet.resize, anet.nms_sigma, anet.lambda_reg, anet.scope, anet.lr) == (192, 0.75, 2, "dataset", 0.5)
-    for name in train.PRESETS:
-        s = settings("--dataset", "x.json" if name == "json" else name)
+    for name in [*train.PRESETS, "x.json"]:
+        s = settings("--dataset", name)
         assert evaluate.build_detector(s, 8, 2).ranges.shape == (6, 2)
 
 
@@ -707,8 +721,8 @@ def test_batches_are_padded_to_their_longest_video_only():
 @needs_shared
 def test_thumos_annotations_and_real_clips_open(tmp_path):
     clips = SHARED / "data/thumos14/clips"
-    d = data.load_dataset(settings("--dataset", "thumos", "--annotations", clips / "clips.json", "--features", clips, "--train-subset", "test",
-                                   "--ratio", 0.5))
+    d = data.load_dataset(settings("--dataset", "thumos", "--annotations", clips / "clips.json", "--features", clips,
+                                   "--train-subset", "test", "--ratio", 0.5))
     assert d.dim == 2048
     assert [len(v.segments) for v in d.labelled] in ([1], [3])
     annotations = data.read_annotations(SHARED / "data/thumos14/thumos14.json")
@@ -738,7 +752,8 @@ def ap_by_hand(truth, found, tiou):
     """The toolkit's definition, detection by detection. truth [(video, segment)], found [(video, segment, score)]."""
     used, tp = set(), []
     for video, segment, _ in sorted(found, key=lambda f: -f[2]):
-        free = [(float(model.tiou(torch.tensor(segment), torch.tensor(s))), i) for i, (v, s) in enumerate(truth) if v == video and i not in used]
+        free = [(float(model.tiou(torch.tensor(segment), torch.tensor(s))), i) for i, (v, s) in enumerate(truth)
+                if v == video and i not in used]
         best = max(free, default=(0, None))
         tp.append(best[0] >= tiou)
         if tp[-1]:
@@ -753,7 +768,8 @@ def test_map_against_a_loop():
     rng = np.random.default_rng(0)
     draw = lambda: np.cumsum([rng.uniform(0, 30), rng.uniform(2, 8)]).tolist()
     truth = {f"v{v}": data.Annotation("test", 40.0, 1.0, np.array([draw() for _ in range(5)]), list("aabab")) for v in range(4)}
-    found = {f"v{v}": [{"label": "ab"[int(rng.integers(2))], "score": float(rng.uniform()), "segment": draw()} for _ in range(40)] for v in range(5)}
+    found = {f"v{v}": [{"label": "ab"[int(rng.integers(2))], "score": float(rng.uniform()), "segment": draw()} for _ in range(40)]
+             for v in range(5)}
     metrics = evaluate.mean_average_precision(truth, found, [0.3, 0.5, 0.7])
     for label in "ab":
         t = [(v, s.tolist()) for v, a in truth.items() for s, l in zip(a.segments, a.labels) if l == label]
@@ -952,10 +968,11 @@ def test_the_whole_run_writes_its_files_and_evaluates_the_same(own, capsys):
     assert one["status"] in icd.STATUS
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     pulse = next(r for r in rows if "theta_h" in r)
-    assert {"positives", "candidates", "dropped", "mined", "class_accuracy", "mean_tIoU", "positive_accuracy", "precision", "recall"} <= set(pulse)
-    assert all({"rate", "left", "loss"} <= set(r) for r in rows if "step" in r)
+    assert {"positives", "candidates", "dropped", "mined", "silent", "class_accuracy", "mean_tIoU", "positive_accuracy", "precision",
+            "recall"} <= set(pulse)
+    assert all({"steps_a_second", "seconds_left", "loss"} <= set(r) for r in rows if "step" in r)
     assert not list(out.glob("*.tmp"))
-    table = text[text.index("tIoU"):].splitlines()[:2]
+    table = text[text.index("\ntIoU  ") + 1:].splitlines()[:2]
     assert evaluate.main(["--checkpoint", str(out / "checkpoint.pt"), "--json", str(own / "again.json")]) == 0
     assert capsys.readouterr().out.splitlines()[1:3] == table
     assert json.loads((own / "again.json").read_text())["ap"] == metrics["ap"]
@@ -997,8 +1014,9 @@ def test_class_without_labelled_instance_and_a_video_of_one_step(own, capsys):
 
 @pytest.mark.parametrize("switch", [
     ("--alqa", "none"), ("--alqa", "tiou"), ("--alqa", "diou"), ("--quality-form", "kl"), ("--threshold", "fixed"), ("--threshold", "mean"),
-    ("--scope", "dataset"), ("--scope", "class"), ("--icd", "none"), ("--icd", "eap"), ("--icd", "mpp"), ("--acp", "none"), ("--acp", "coarse"),
-    ("--acp", "fine"), ("--acp-after", "none"), ("--acp-after", "labelled"), ("--rejected", "background"), ("--pseudo-weights", "ema"),
+    ("--scope", "dataset"), ("--scope", "class"), ("--icd", "none"), ("--icd", "eap"), ("--icd", "mpp"), ("--acp", "none"),
+    ("--acp", "coarse"), ("--acp", "fine"), ("--acp-after", "labelled+unlabelled"), ("--acp-after", "labelled"),
+    ("--rejected", "background"), ("--pseudo-weights", "ema"),
     ("--weights", "raw"), ("--refresh", 1), ("--precision", "bfloat16"), ("--icd-pool", "max"), ("--icd-steps", 1), ("--position",),
     ("--nms-agnostic",), ("--stage", "supervised"), ("--split", "stratified"), ("--resize", 40)], ids=lambda s: "=".join(map(str, s)))
 def test_every_switch_trains_and_stays_finite(own, switch):
@@ -1170,7 +1188,7 @@ def test_every_equation_has_one_home_and_the_readme_names_it():
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                for number in re.findall(r"Eq\. \((\d+)\)", (ast.get_docstring(node) or "").split(":")[0]):
+                for number in re.findall(r"Eq\. \((\d+)\)", (ast.get_docstring(node) or "").split("\n")[0]):
                     tags.setdefault(int(number), []).append(f"{path.name} `{node.name}`")
     assert {n: len(homes) for n, homes in tags.items()} == dict.fromkeys(range(1, 13), 1)
     rows = dict(re.findall(r"^\| Eq\. \((\d+)\) \| [^|]* \| ([^|]*) \|$", (HERE / "README.md").read_text(), flags=re.MULTILINE))

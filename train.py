@@ -20,42 +20,19 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from acp import ACP, acp_loss
-from alqa import SCOPES, THRESHOLDS, detection_losses, select, without_repeats
-from data import (
-    BadInput,
-    blind,
-    crop_segments,
-    load_dataset,
-    load_item,
-    training_batches,
-)
-from evaluate import (
-    build_detector,
-    detect,
-    evaluate_detector,
-    in_seconds,
-    parse_tious,
-    pseudo_label_quality,
-    read_checkpoint,
-    table,
-    write_atomically,
-    write_json,
-)
-from icd import (
-    KEPT,
-    MINED,
-    STATUS,
-    Discriminator,
-    bank_of,
-    icd_loss,
-    pool_instances,
-    refine_pseudo_labels,
-    similarity,
-)
-from model import BRANCHES, assign_targets
+import acp
+import alqa
+import evaluate
+import icd
+import model
+from acp import ACP
+from alqa import SCOPES, THRESHOLDS
+from data import BadInput, blind, crop_segments, load_dataset, load_item, training_batches
+from icd import REFINEMENTS
+from model import BRANCHES
 
 STAGES = ("pretrain", "supervised", "joint")
+AFTER = ("none", "labelled", "labelled+unlabelled")  # the rows of Tab. S4
 
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
@@ -109,7 +86,7 @@ class Settings:
     repeat: float = of(0.5, "tIoU with a better pseudo label of the class, over which one is a repeat and removed; 1: none [J]")
     scope: str = of("video", "what theta_h's statistics are over [J]", SCOPES)
     # ICD
-    icd: str = of("eap+mpp", "refinement: drop ambiguous positives (eap), mine potential ones (mpp) [S]", ("none", "eap", "mpp", "eap+mpp"))
+    icd: str = of("eap+mpp", "drop ambiguous positives (eap), mine potential ones (mpp) [S]", REFINEMENTS)
     theta_drop: float = of(0.3, "positives of a smaller similarity are dropped [S]")
     theta_mine: float = of(0.7, "candidates of a larger similarity are mined [S]")
     icd_pairs: int = of(10, "instances of the same class and of others, Eq. (7) [S]")
@@ -120,7 +97,7 @@ class Settings:
     icd_steps: int = of(0, "steps that ICD trains, from the start of stage 2; 0: all of them [J]")
     # ACP
     acp: str = of("coarse+fine", "contrasts of Eq. (11) [S]; none leaves stage 1 out", ACP)
-    acp_after: str = of("labelled+unlabelled", "where L_acp goes on after pre-training (Tab. S4) [S]", ("none", "labelled", "labelled+unlabelled"))
+    acp_after: str = of("labelled+unlabelled", "where L_acp goes on after pre-training (Tab. S4) [S]", AFTER)
     acp_steps: int = of(40, "steps m drawn from a video [J]")
     acp_clusters: int = of(4, "clusters of the fine contrast in a batch [S: 4 THUMOS14, 2 ActivityNet]")
     acp_tau: float = of(0.1, "temperature tau [J]")
@@ -174,32 +151,34 @@ class Settings:
         for name in ("batch", "channels", "heads", "stride", "supervised_epochs", "log_every", "acp_steps", "acp_tau", "nms_sigma", "lr"):
             if not getattr(self, name) > 0:
                 raise BadInput(f"setting {name} must be positive, but is {getattr(self, name)}")
-        parse_tious(self.tiou)
+        evaluate.parse_tious(self.tiou)
 
 
-# What a dataset changes in the settings (ActionFormer's per dataset); the command line changes these in turn.
-THUMOS = {"root": "data/thumos", "stride": 4.0, "frames": 16.0, "train_subset": "validation", "test_subset": "test", "bad_segments": "skip",
-              "standardize": False}
-EPIC = {"root": "data/epic_kitchens", "extension": ".npz", "stride": 16.0, "frames": 32.0, "fps": 30.0, "bad_segments": "skip", "standardize": False,
-            "windows": "9", "ranges": "0:4,2:8,4:16,8:32,16:64,32:inf", "t_plus": 250.0, "nms_sigma": 0.4, "pre_nms": 5000, "max_detections": 2000,
-            "tiou": "0.1:0.5:0.1"}
-SMALL = {"channels": 128, "windows": "9", "lr": 1e-3, "supervised_steps": 400, "joint_epochs": 20, "icd_pool": "mean"}
+# What a dataset changes in the settings (as the public ActionFormer has it); the command line changes these in turn.
+PUBLISHED = {"bad_segments": "skip", "standardize": False}
+EPIC = PUBLISHED | {
+    "root": "data/epic_kitchens", "extension": ".npz", "stride": 16.0, "frames": 32.0, "fps": 30.0, "windows": "9",
+    "ranges": "0:4,2:8,4:16,8:32,16:64,32:inf", "t_plus": 250.0, "nms_sigma": 0.4, "pre_nms": 5000, "max_detections": 2000,
+    "tiou": "0.1:0.5:0.1"}
+SMALL = {"channels": 128, "windows": "9", "lr": 1e-3, "supervised_steps": 400, "joint_epochs": 20, "icd_pool": "mean",
+         "acp_after": "none", "precision": "float32"}  # narrow layers: bfloat16 saves nothing
+OWN = SMALL  # a user's own data
 PRESETS = {
-    "thumos": THUMOS,
-    "activitynet": {"root": "data/anet_1.3", "prefix": "v_", "stride": 16.0, "frames": 16.0, "fps": 25.0, "bad_segments": "skip", "standardize": False,
-                        "resize": 192, "channels": 256, "windows": "7,7,7,7,7,0", "position": True, "t_plus": 200.0, "lambda_reg": 2.0, "nms_sigma": 0.75,
-                        "nms_agnostic": True, "max_detections": 100, "batch": 16, "lr": 1e-3, "acp_clusters": 2, "joint_epochs": 15, "scope": "dataset",
-                        "tiou": "0.5:0.95:0.05"},
+    "toy": SMALL | {"channels": 64},
+    "thumos": PUBLISHED | {"root": "data/thumos", "stride": 4.0, "frames": 16.0, "train_subset": "validation", "test_subset": "test"},
+    "activitynet": PUBLISHED | {
+        "root": "data/anet_1.3", "prefix": "v_", "stride": 16.0, "frames": 16.0, "fps": 25.0, "resize": 192, "channels": 256,
+        "windows": "7,7,7,7,7,0", "position": True, "t_plus": 200.0, "lambda_reg": 2.0, "nms_sigma": 0.75, "nms_agnostic": True,
+        "max_detections": 100, "batch": 16, "lr": 1e-3, "acp_clusters": 2, "joint_epochs": 15, "scope": "dataset",
+        "tiou": "0.5:0.95:0.05"},
     "epic-verb": EPIC,
     "epic-noun": EPIC,
-    "toy": SMALL | {"channels": 64},
-    "json": SMALL,
 }
 
-# What may differ between a checkpoint and the run that goes on from it: where, how loud, and (with --start) stage 3 alone.
+# What may differ between a checkpoint and the run that goes on from it: where and how loud, and with --start stage 3 alone.
 RUN = {"out", "stage", "start", "resume", "audit", "device", "log_every", "weights"}
-JOINT = {"theta_l", "threshold", "theta_fixed", "repeat", "scope", "icd", "theta_drop", "theta_mine", "rejected", "joint_epochs", "refresh",
-         "pseudo_weights", "lambda_u", "acp_after"}
+JOINT = {"theta_l", "threshold", "theta_fixed", "repeat", "scope", "icd", "theta_drop", "theta_mine", "rejected", "joint_epochs",
+         "refresh", "pseudo_weights", "lambda_u"}
 
 
 # ---- Eq. (12) and one step ------------------------------------------------------------------------------------------
@@ -223,49 +202,56 @@ def forward(run, batch):
 
 
 def batch_losses(run, batch, instances, branch):
-    """The terms of L_x of a batch. instances: B records {"segments", "labels", "rejected"}, ground truth or pseudo labels, with
-    the segments (N, 2) that were detected and rejected. branch 0 is labelled, 1 unlabelled, each with its own T+."""
+    """The terms of L_x of a batch. branch 0 is labelled, 1 unlabelled, each with its own running mean T+.
+
+    instances: B records {"segments", "labels", "rejected"}, ground truth or pseudo labels; the points inside a rejected segment
+    are neither action nor background, unless they are positive for another."""
     s, outputs, K = run.s, forward(run, batch), len(run.data.classes)
     instances = [{key: r[key].to(run.device) for key in ("segments", "labels", "rejected")} for r in instances]
-    cls_target, offset_target = assign_targets(outputs.points, [r["segments"] for r in instances], [r["labels"] for r in instances],
-                                               K, s.radius)
+    segments, labels, rejected = ([r[key] for r in instances] for key in ("segments", "labels", "rejected"))
+    cls_target, offset_target = model.assign_targets(outputs.points, segments, labels, K, s.radius)
     time, positive = outputs.points.time[:, None], cls_target.any(-1)
-    rejected = torch.stack([((time >= r[:, 0]) & (time <= r[:, 1])).any(1) for r in (r["rejected"] for r in instances)])  # (B, P)
-    use = outputs.mask & (positive | ~rejected)
+    unsure = torch.stack([((time >= r[:, 0]) & (time <= r[:, 1])).any(1) for r in rejected])  # (B, P)
+    use = outputs.mask & (positive | ~unsure)
     if branch == 1:  # a video without a pseudo label leaves L_unsup
-        use = use & torch.tensor([len(r["labels"]) > 0 for r in instances], device=run.device)[:, None]
-    losses = detection_losses(outputs, cls_target, offset_target, use, s.alqa, s.quality_form, s.eps, s.beta)
+        use = use & torch.tensor([len(l) > 0 for l in labels], device=run.device)[:, None]
+    losses = alqa.detection_losses(outputs, cls_target, offset_target, use, s.alqa, s.quality_form, s.eps, s.beta)
     positives = losses["positives"].float().clamp(min=1)
     run.t_plus[branch] = s.t_plus_momentum * run.t_plus[branch] + (1 - s.t_plus_momentum) * positives
-    acp = outputs.cls_logits.sum() * 0
-    if s.acp != "none" and branch < ("none", "labelled", "labelled+unlabelled").index(s.acp_after):
-        acp = acp_loss(outputs.levels, outputs.masks, batch["feats"].to(run.device), instances, K, s.acp, s.acp_steps, s.acp_clusters,
-                       s.acp_tau, run.generator)
-    return losses | {"t_plus": run.t_plus[branch].clone(), "acp": acp}
+    L_acp = outputs.cls_logits.sum() * 0
+    if s.acp != "none" and branch < AFTER.index(s.acp_after):
+        L_acp = contrast(run, batch, outputs, instances)
+    return losses | {"t_plus": run.t_plus[branch].clone(), "acp": L_acp}
+
+
+def contrast(run, batch, outputs, instances):
+    """L_acp of a batch, with the labels of `instances`, or K-means clusters where that is None."""
+    s = run.s
+    return acp.acp_loss(outputs.levels, outputs.masks, batch["feats"].to(run.device), instances, len(run.data.classes), s.acp,
+                        s.acp_steps, s.acp_clusters, s.acp_tau, run.generator)
 
 
 def advance(run, loss, parts):
-    """One optimiser step on `loss`: schedule, clipping, EMA, and a log line every s.log_every steps."""
+    """One optimiser step on `loss`: schedule, clipping, averaged weights, and a log line every s.log_every steps."""
     s = run.s
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f"the loss is {loss.item()} at step {run.step} of stage {run.stage}")
     warm = max(s.warmup * run.total, 1)
-    lr = s.lr * min((run.step + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(run.step - warm, 0) / max(run.total - warm, 1))))
+    cosine = 0.5 * (1 + math.cos(math.pi * max(run.step - warm, 0) / max(run.total - warm, 1)))
     for group in run.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = s.lr * min((run.step + 1) / warm, cosine)
     run.optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.detector.parameters(), s.clip)
     run.optimizer.step()
-    run.step += 1
+    decay = min(s.ema, (1 + run.ema_step) / (10 + run.ema_step))
     with torch.no_grad():
-        decay = min(s.ema, (1 + run.ema_step) / (10 + run.ema_step))
         torch._foreach_lerp_(list(run.ema.parameters()), list(run.detector.parameters()), 1 - decay)
-    run.ema_step += 1
+    run.step, run.ema_step = run.step + 1, run.ema_step + 1
     if run.step % s.log_every == 0 or run.step == run.total:
         rate = (run.step - run.clock[0]) / max(time.time() - run.clock[1], 1e-9)
-        log(run, step=run.step, of=run.total, loss=loss.item(), lr=lr, rate=rate, left=(run.total - run.step) / rate,
-            **{key: float(torch.as_tensor(value).detach()) for key, value in parts.items()})
+        parts = {key: float(torch.as_tensor(value).detach()) for key, value in parts.items()}
+        log(run, step=run.step, of=run.total, steps_a_second=rate, seconds_left=(run.total - run.step) / rate, loss=loss.item(), **parts)
 
 
 def log(run, **row):
@@ -306,10 +292,7 @@ def pretrain(run):
     steps = math.ceil(len(videos) / s.batch)
     for rng in epochs(run, "pretrain", s.pretrain_epochs, steps):
         for batch in training_batches(videos, run.data, s, steps, rng):
-            outputs = forward(run, batch)
-            L_acp = acp_loss(outputs.levels, outputs.masks, batch["feats"].to(run.device), None, len(run.data.classes), s.acp,
-                             s.acp_steps, s.acp_clusters, s.acp_tau, run.generator)
-            advance(run, L_acp, {})
+            advance(run, contrast(run, batch, forward(run, batch), None), {})
 
 
 def supervised(run):
@@ -319,8 +302,8 @@ def supervised(run):
     for rng in epochs(run, "supervised", s.supervised_epochs, steps):
         for batch in training_batches(run.data.labelled, run.data, s, steps, rng):
             sup = batch_losses(run, batch, ground_truth(batch), 0)
-            icd = train_icd(run, batch) if not s.icd_steps or run.step < s.icd_steps else 0.0
-            advance(run, objective(sup, None, s), sup | {"icd": icd})
+            L_icd = train_icd(run, batch) if not s.icd_steps or run.step < s.icd_steps else 0.0
+            advance(run, objective(sup, None, s), sup | {"icd": L_icd})
 
 
 def joint(run):
@@ -348,7 +331,7 @@ def ground_truth(batch):
 
 def positives(record):
     """Which pseudo labels of a record teach: kept or mined, (N,) bool."""
-    return (record["status"] == KEPT) | (record["status"] == MINED)
+    return (record["status"] == icd.KEPT) | (record["status"] == icd.MINED)
 
 
 def pseudo_truth(run, batch):
@@ -366,7 +349,8 @@ def pseudo_truth(run, batch):
 def train_icd(run, batch):
     """One step of ICD's own optimiser on the instances of a labelled batch; returns the loss."""
     ids = {v.id for v in batch["videos"]}
-    loss = icd_loss(run.icd, run.bank, [i for i, name in enumerate(run.bank["videos"]) if name in ids], run.s.icd_pairs, run.generator)
+    mine = [i for i, name in enumerate(run.bank["videos"]) if name in ids]
+    loss = icd.icd_loss(run.icd, run.bank, mine, run.s.icd_pairs, run.generator)
     run.icd_optimizer.zero_grad()
     loss.backward()
     run.icd_optimizer.step()
@@ -377,23 +361,20 @@ def train_icd(run, batch):
 def make_pseudo_labels(run):
     """Pseudo labels of the unlabelled videos: {id: record of detect(), with "similarity" and "status"}, and the method's pulse.
 
-    1) detect, 2) ALQA selects positives and candidates, 3) ICD scores each, drops ambiguous positives, mines potential ones."""
+    1) Detect, 2) ALQA selects positives and candidates, 3) ICD scores each, drops ambiguous positives, mines potential ones."""
     s, videos = run.s, run.data.unlabelled
-    detector = run.ema if s.pseudo_weights == "ema" else run.detector
     run.icd.eval()
-    records = [without_repeats(r, s.repeat) for r in detect(detector, videos, run.data, s, run.device)]
-    records, theta_h = select(records, s.theta_l, s.threshold, s.theta_fixed, s.scope)
+    records = evaluate.detect(run.ema if s.pseudo_weights == "ema" else run.detector, videos, run.data, s, run.device)
+    records = [alqa.without_repeats(r, s.repeat) for r in records]
+    records, theta_h = alqa.select(records, s.theta_l, s.threshold, s.theta_fixed, s.scope)
     for video, r in zip(videos, records):
         feats = load_item(video, run.data)["feats"].to(run.device)
-        r["similarity"] = similarity(run.icd, pool_instances(feats, r["segments"], s.icd_pool), r["labels"], run.bank).cpu()
-        r["status"] = refine_pseudo_labels(r.pop("positive"), r["similarity"], s.theta_drop, s.theta_mine, "eap" in s.icd, "mpp" in s.icd)
-    status = torch.cat([r["status"] for r in records])
-    count = {name: int((status == i).sum()) for i, name in enumerate(STATUS)}
-    quality = {}
-    if s.audit:
-        quality = pseudo_label_quality([{k: v[positives(r)] for k, v in r.items()} for r in records], [run.data.hidden[v.id] for v in videos])
-    log(run, positives=count["kept"] + count["dropped"], candidates=count["mined"] + count["candidate"], dropped=count["dropped"],
-        mined=count["mined"], theta_h=float(np.mean(theta_h)), silent=sum(not positives(r).any() for r in records), **quality)
+        icd.refine_pseudo_labels(r, run.icd, run.bank, feats, s.icd_pool, s.theta_drop, s.theta_mine, s.icd)
+    count = torch.cat([r["status"] for r in records]).bincount(minlength=len(icd.STATUS)).tolist()
+    teaching = [{key: value[positives(r)] for key, value in r.items()} for r in records]
+    quality = evaluate.pseudo_label_quality(teaching, [run.data.hidden[v.id] for v in videos]) if s.audit else {}
+    log(run, positives=count[icd.KEPT] + count[icd.DROPPED], candidates=count[icd.MINED] + count[icd.CANDIDATE], dropped=count[icd.DROPPED],
+        mined=count[icd.MINED], theta_h=float(np.mean(theta_h)), silent=sum(len(r["labels"]) == 0 for r in teaching), **quality)
     return {v.id: r for v, r in zip(videos, records)}
 
 
@@ -401,24 +382,25 @@ def make_pseudo_labels(run):
 
 def make_optimizer(detector, s):
     """AdamW; weight decay for the matrices only, as ActionFormer has it."""
-    decay = [p for p in detector.parameters() if p.ndim > 1]
+    matrices = [p for p in detector.parameters() if p.ndim > 1]
     rest = [p for p in detector.parameters() if p.ndim <= 1]
-    return torch.optim.AdamW([{"params": decay, "weight_decay": s.weight_decay}, {"params": rest, "weight_decay": 0.0}], lr=s.lr, fused=True)
+    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=s.lr, fused=True)
 
 
 def begin(s, data):
     """A new run: everything that training changes, as plain fields."""
     device = torch.device(s.device)
     torch.manual_seed(s.seed)
-    detector = build_detector(s, data.dim, len(data.classes)).to(device)
-    icd = Discriminator(data.dim, s.icd_hidden, s.icd_dropout).to(device)
-    items = [load_item(v, data) for v in data.labelled]
-    bank = bank_of(items, s.icd_pool) | {"videos": [v.id for v in data.labelled for _ in v.labels]}
-    bank["feats"] = bank["feats"].to(device)
-    return SimpleNamespace(s=s, data=data, device=device, out=Path(s.out), detector=detector, ema=copy.deepcopy(detector).requires_grad_(False),
-                           icd=icd, icd_optimizer=torch.optim.Adam(icd.parameters(), lr=s.icd_lr), bank=bank, optimizer=None, pseudo=None,
-                           t_plus=torch.full((2,), s.t_plus, device=device), stage=STAGES[0] if s.acp != "none" else STAGES[1],
-                           epoch=0, step=0, ema_step=0, total=0, generator=None, clock=None)
+    detector = evaluate.build_detector(s, data.dim, len(data.classes)).to(device)
+    discriminator = icd.Discriminator(data.dim, s.icd_hidden, s.icd_dropout).to(device)
+    bank = icd.bank_of([load_item(v, data) for v in data.labelled], s.icd_pool)
+    bank |= {"feats": bank["feats"].to(device), "videos": [v.id for v in data.labelled for _ in v.labels]}
+    return SimpleNamespace(
+        s=s, data=data, device=device, out=Path(s.out), detector=detector, ema=copy.deepcopy(detector).requires_grad_(False),
+        icd=discriminator, icd_optimizer=torch.optim.Adam(discriminator.parameters(), lr=s.icd_lr), bank=bank, optimizer=None,
+        pseudo=None, t_plus=torch.full((2,), s.t_plus, device=device), stage=STAGES[0] if s.acp != "none" else STAGES[1],
+        epoch=0, step=0, ema_step=0, total=0, generator=None, clock=None)
 
 
 MODULES = ("detector", "ema", "icd", "icd_optimizer", "optimizer")
@@ -430,12 +412,12 @@ def save(run, epoch):
     content = {name: getattr(run, name).state_dict() for name in MODULES} | {name: getattr(run, name) for name in NUMBERS}
     content |= {"epoch": epoch, "settings": asdict(run.s), "classes": run.data.classes, "mean": run.data.mean, "std": run.data.std,
                 "labelled": [v.id for v in run.data.labelled]}
-    write_atomically(run.out / "checkpoint.pt", lambda path: torch.save(content, path))
+    evaluate.write_atomically(run.out / "checkpoint.pt", lambda path: torch.save(content, path))
 
 
 def restore(run, path, free):
     """Load a checkpoint into a run whose settings differ in `free` at most; raises BadInput for another configuration."""
-    content = read_checkpoint(path, run.device)
+    content = evaluate.read_checkpoint(path, run.device)
     mine = asdict(run.s)
     other = [k for k in mine if k not in free and mine[k] != content["settings"].get(k)]
     if other:
@@ -452,21 +434,16 @@ def restore(run, path, free):
 
 def report(run):
     """Detect on the test videos with raw and averaged weights of the last epoch; write what --out receives; print the table."""
-    s, data, out = run.s, run.data, {}
-    for name, detector in (("raw", run.detector), ("ema", run.ema)):
-        out[name] = evaluate_detector(detector, data, s, run.device)
-    metrics, predictions = out[s.weights]
-    other = "raw" if s.weights == "ema" else "ema"
-    write_json(run.out / "predictions.json", predictions)
-    write_json(run.out / "metrics.json", metrics | {"weights": s.weights, f"average_mAP_{other}": out[other][0]["average_mAP"]}, indent=1)
-    pseudo = {v.id: [{"label": data.classes[r["labels"][i]], "segment": segment, "score": float(r["scores"][i]),
-                      "class_score": float(r["p_cls"][i]), "tIoU": float(r["p_tiou"][i]), "tND": float(r["p_tnd"][i]),
-                      "similarity": None if r["similarity"][i].isnan() else float(r["similarity"][i]), "status": STATUS[r["status"][i]]}
-                     for i, segment in enumerate(in_seconds(v, r["segments"]).tolist())]
-              for v in data.unlabelled for r in [(run.pseudo or {}).get(v.id)] if r}
-    write_json(run.out / "pseudo_labels.json", pseudo, indent=1)
-    print(table(metrics, f"{run.out} ({s.weights} weights)"))
-    print(f"average with the {other} weights: {100 * out[other][0]['average_mAP']:.2f}")
+    s, data, other = run.s, run.data, "raw" if run.s.weights == "ema" else "ema"
+    results = {name: evaluate.evaluate_detector(detector, data, s, run.device)
+               for name, detector in (("raw", run.detector), ("ema", run.ema))}
+    (metrics, predictions), other_average = results[s.weights], results[other][0]["average_mAP"]
+    pseudo = evaluate.export_pseudo_labels(data.unlabelled, run.pseudo, data.classes, icd.STATUS) if run.pseudo else {}
+    evaluate.write_json(run.out / "predictions.json", predictions)
+    evaluate.write_json(run.out / "pseudo_labels.json", pseudo, indent=1)
+    evaluate.write_json(run.out / "metrics.json", metrics | {"weights": s.weights, f"average_mAP_{other}": other_average}, indent=1)
+    print(evaluate.table(metrics, f"{run.out} ({s.weights} weights)"))
+    print(f"average with the {other} weights: {100 * other_average:.2f}")
 
 
 def fast_bfloat16(device):
@@ -485,9 +462,8 @@ def parse_settings(argv):
     given = vars(parser.parse_args(argv))
     dataset = given.get("dataset", "toy")
     if dataset not in PRESETS and not dataset.endswith(".json"):
-        raise BadInput(f"--dataset must be one of {', '.join(p for p in PRESETS if p != 'json')}, or an annotation file *.json, not {dataset!r}")
-    preset = PRESETS.get(dataset, PRESETS["json"])
-    given = {"out": f"runs/{Path(dataset).stem}"} | preset | given
+        raise BadInput(f"--dataset must be an annotation file *.json or one of {', '.join(PRESETS)}, not {dataset!r}")
+    given = {"out": f"runs/{Path(dataset).stem}"} | PRESETS.get(dataset, OWN) | given
     device = given.get("device", "auto")
     given["device"] = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if given.get("precision", "auto") == "auto":
@@ -511,11 +487,11 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return 2
     run.out.mkdir(parents=True, exist_ok=True)
-    write_json(run.out / "config.json", asdict(s), indent=1)
-    write_json(run.out / "split.json", {"labelled": [v.id for v in data.labelled], "unlabelled": [v.id for v in data.unlabelled],
+    evaluate.write_json(run.out / "config.json", asdict(s), indent=1)
+    evaluate.write_json(run.out / "split.json", {"labelled": [v.id for v in data.labelled], "unlabelled": [v.id for v in data.unlabelled],
                                         "missing_classes": data.missing}, indent=1)
     print(f"{len(data.labelled)} labelled, {len(data.unlabelled)} unlabelled, {len(data.test)} test videos; {len(data.classes)} classes, "
-          f"{len(data.missing)} without a labelled instance{': ' if data.missing else ''}{', '.join(data.missing)}; {s.device}, {s.precision}")
+          f"{len(data.missing)} without a labelled instance: {', '.join(data.missing) or '-'}; {s.device}, {s.precision}")
     pretrain(run)
     supervised(run)
     if s.stage == "all":
