@@ -1025,6 +1025,30 @@ def test_every_switch_trains_and_stays_finite(own, switch):
     assert all(v.isfinite().all() for v in weights(own / "run").values())
 
 
+@pytest.mark.parametrize(("name", "suffix", "prefix", "dim", "subsets"), [
+    ("thumos", ".npy", "", 8, ("Validation", "Test")), ("activitynet", ".npy", "v_", 8, ("training", "validation")),
+    ("epic-verb", ".npz", "", 9, ("training", "validation")), ("epic-noun", ".npz", "", 9, ("training", "validation"))])
+def test_published_layouts_train_with_their_presets(tmp_path, name, suffix, prefix, dim, subsets):
+    layout, folder = data.LAYOUTS[name]
+    (tmp_path / folder).mkdir()
+    (tmp_path / layout).parent.mkdir()
+    rng, database = np.random.default_rng(0), {}
+    for i in range(6):
+        x = rng.normal(size=(50, dim)).astype(np.float32)
+        path = tmp_path / folder / f"{prefix}v{i}{suffix}"
+        np.save(path, x) if suffix == ".npy" else np.savez(path, feats=x)
+        annotations = [{"segment": [1.0, 4.0], "label": f"{i % 2}", "label_id": i % 2},
+                       {"segment": [5.0, 4.0], "label": "0", "label_id": 0}]
+        database[f"v{i}"] = {"subset": subsets[i > 3], "duration": 50 * 4 / 30, "annotations": annotations} | (
+            {"fps": 30.0} if name == "thumos" else {})
+    (tmp_path / layout).write_text(json.dumps({"database": database}))
+    argv = ("--dataset", name, "--root", tmp_path, "--ratio", 0.5, "--out", tmp_path / "run", "--channels", 16, "--batch", 2,
+            "--pretrain-epochs", 1, "--supervised-epochs", 1, "--supervised-steps", 2, "--joint-epochs", 1, "--device", "cpu")
+    assert train.main([str(a) for a in argv]) == 0
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["instances"] == 4  # the bad ones count in the ground truth
+    assert evaluate.main(["--checkpoint", str(tmp_path / "run/checkpoint.pt")]) == 0
+
+
 def kill_when(argv, written, appears):
     """Run train.py in a process of its own and SIGKILL it once the predicate is true; returns whether it was killed."""
     process = subprocess.Popen([sys.executable, HERE / "train.py", *argv], stdout=subprocess.DEVNULL)
@@ -1052,14 +1076,19 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(own, stage):
     assert same(weights(own / "whole"), weights(own / "killed"))
     assert (own / "whole/metrics.json").read_text() == (own / "killed/metrics.json").read_text()
     assert (own / "whole/pseudo_labels.json").read_text() == (own / "killed/pseudo_labels.json").read_text()
+    rows = lambda name: map(json.loads, (own / name / "log.jsonl").read_text().splitlines())
+    loss = lambda name: [(r["stage"], r["epoch"], r.get("loss")) for r in rows(name)]
+    assert loss("whole") == loss("killed")
 
 
-def test_stage_3_starts_from_a_shared_stage_2(own):
+def test_stage_3_starts_from_a_shared_stage_2(own, capsys):
     assert train.main(own_argv(own, "--stage", "supervised", "--out", own / "two")) == 0
     assert train.main(own_argv(own, "--start", own / "two/checkpoint.pt", "--out", own / "a")) == 0
     assert train.main(own_argv(own, "--out", own / "b")) == 0
     assert same(weights(own / "a"), weights(own / "b"))
     assert train.main(own_argv(own, "--start", own / "two/checkpoint.pt", "--threshold", "fixed", "--out", own / "c")) == 0
+    capsys.readouterr()
+    refused(own_argv(own, "--start", own / "a/checkpoint.pt"), capsys, "end of stage 2")
 
 
 # ---- Bad input: one sentence, exit 2, nothing half-written ----------------------------------------------------------

@@ -246,7 +246,8 @@ def advance(run, loss, parts):
     run.optimizer.step()
     decay = min(s.ema, (1 + run.ema_step) / (10 + run.ema_step))
     with torch.no_grad():
-        torch._foreach_lerp_(list(run.ema.parameters()), list(run.detector.parameters()), 1 - decay)
+        for average, value in zip(run.ema.parameters(), run.detector.parameters()):
+            average.lerp_(value, 1 - decay)
     run.step, run.ema_step = run.step + 1, run.ema_step + 1
     if run.step % s.log_every == 0 or run.step == run.total:
         rate = (run.step - run.clock[0]) / max(time.time() - run.clock[1], 1e-9)
@@ -374,7 +375,7 @@ def make_pseudo_labels(run):
     teaching = [{key: value[positives(r)] for key, value in r.items()} for r in records]
     quality = evaluate.pseudo_label_quality(teaching, [run.data.hidden[v.id] for v in videos]) if s.audit else {}
     log(run, positives=count[icd.KEPT] + count[icd.DROPPED], candidates=count[icd.MINED] + count[icd.CANDIDATE], dropped=count[icd.DROPPED],
-        mined=count[icd.MINED], theta_h=float(np.mean(theta_h)), silent=sum(len(r["labels"]) == 0 for r in teaching), **quality)
+        mined=count[icd.MINED], theta_h=float(np.mean(theta_h or [1.0])), silent=sum(len(r["labels"]) == 0 for r in teaching), **quality)
     return {v.id: r for v, r in zip(videos, records)}
 
 
@@ -425,11 +426,25 @@ def restore(run, path, free):
                        f"not {mine[other[0]]!r}")
     if content["labelled"] != [v.id for v in run.data.labelled] or content["classes"] != run.data.classes:
         raise BadInput(f"checkpoint {path} is of other data: its labelled videos or classes are not those of {run.s.dataset}")
+    if path == run.s.start and (content["stage"], content["epoch"]) != ("supervised", content["settings"]["supervised_epochs"]):
+        raise BadInput(f"checkpoint {path} is in stage {content['stage']}, epoch {content['epoch']}, not at the end of stage 2")
     run.optimizer = make_optimizer(run.detector, run.s)
     for name in MODULES:
         getattr(run, name).load_state_dict(content[name])
     for name in NUMBERS + ("epoch",):
         setattr(run, name, content[name])
+
+
+def clear(run, resumed):
+    """Remove what an earlier run left in --out; of a resumed run only the log's rows after its checkpoint."""
+    rows = (run.out / "log.jsonl").read_text(encoding="utf-8").splitlines() if (run.out / "log.jsonl").exists() else []
+    for name in ("log.jsonl", "metrics.json", "predictions.json", "pseudo_labels.json", *([] if resumed else ["checkpoint.pt"])):
+        (run.out / name).unlink(missing_ok=True)
+    if resumed:
+        at = lambda row: (STAGES.index(row["stage"]), row["epoch"])
+        whole = [row for row in rows if row.endswith("}")]  # the last one may have been cut short
+        kept = [row for row in whole if at(json.loads(row)) <= (STAGES.index(run.stage), run.epoch)]
+        (run.out / "log.jsonl").write_text("".join(row + "\n" for row in kept), encoding="utf-8")
 
 
 def report(run):
@@ -464,6 +479,9 @@ def parse_settings(argv):
     if dataset not in PRESETS and not dataset.endswith(".json"):
         raise BadInput(f"--dataset must be an annotation file *.json or one of {', '.join(PRESETS)}, not {dataset!r}")
     given = {"out": f"runs/{Path(dataset).stem}"} | PRESETS.get(dataset, OWN) | given
+    for name in ("dataset", "root", "annotations", "features", "split"):  # so that the checkpoint finds them from anywhere
+        if given.get(name) and given[name] not in (*PRESETS, "uniform", "stratified"):
+            given[name] = str(Path(given[name]).resolve())
     device = given.get("device", "auto")
     given["device"] = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if given.get("precision", "auto") == "auto":
@@ -479,7 +497,8 @@ def main(argv=None):
         if s.stage == "all" and not data.unlabelled:
             raise BadInput(f"--ratio {s.ratio} leaves no unlabelled video for stage 3; --stage supervised needs none")
         run = begin(s, data)
-        if s.resume and (run.out / "checkpoint.pt").exists():
+        resumed = s.resume and (run.out / "checkpoint.pt").exists()
+        if resumed:
             restore(run, run.out / "checkpoint.pt", RUN)
         elif s.start:
             restore(run, s.start, RUN | JOINT)
@@ -487,6 +506,7 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return 2
     run.out.mkdir(parents=True, exist_ok=True)
+    clear(run, resumed)
     evaluate.write_json(run.out / "config.json", asdict(s), indent=1)
     evaluate.write_json(run.out / "split.json", {"labelled": [v.id for v in data.labelled], "unlabelled": [v.id for v in data.unlabelled],
                                         "missing_classes": data.missing}, indent=1)
