@@ -123,6 +123,24 @@ def class_names(annotations):
 
 # ---- Splits ---------------------------------------------------------------------------------------------------------
 
+def _read_split(path, videos):
+    if path.suffix == ".json":
+        content = read_json(path, "split file")
+        ids = content.get("labelled") if isinstance(content, dict) else content
+    else:
+        try:
+            ids = path.read_text(encoding="utf-8").split()
+        except (OSError, ValueError) as error:
+            raise BadInput(f"split file {path} cannot be read: {error}") from None
+    if not isinstance(ids, list) or not ids:
+        raise BadInput(f"split file {path} selects no labelled video")
+    ids = [i if i in videos else str(i).removeprefix("v_") for i in ids]
+    unknown = [i for i in ids if i not in videos]
+    if unknown:
+        raise BadInput(f"split file {path} names {unknown[0]}, which is no training video")
+    return sorted(set(ids))
+
+
 def split_videos(videos, ratio, split, seed):
     """The labelled ids of the training videos {id: Annotation}.
 
@@ -149,22 +167,38 @@ def split_videos(videos, ratio, split, seed):
     return sorted(chosen)
 
 
-def _read_split(path, videos):
-    if path.suffix == ".json":
-        content = read_json(path, "split file")
-        ids = content.get("labelled") if isinstance(content, dict) else content
-    else:
-        try:
-            ids = path.read_text(encoding="utf-8").split()
-        except (OSError, ValueError) as error:
-            raise BadInput(f"split file {path} cannot be read: {error}") from None
-    if not isinstance(ids, list) or not ids:
-        raise BadInput(f"split file {path} selects no labelled video")
-    ids = [i if i in videos else str(i).removeprefix("v_") for i in ids]
-    unknown = [i for i in ids if i not in videos]
-    if unknown:
-        raise BadInput(f"split file {path} names {unknown[0]}, which is no training video")
-    return sorted(set(ids))
+# ---- Toy data -------------------------------------------------------------------------------------------------------
+
+def toy_videos(seed, train=40, test=24, pairs=3, dim=32):
+    """Synthetic videos made from the seed: ({id: Annotation}, {id: features (T, dim)}), 1 s = 1 step.
+
+    What makes the real task hard is in them: classes come in pairs that look alike, half of the background looks like the mean of
+    a pair, boundaries are blurred, durations spread over several pyramid levels, and each video has its own appearance."""
+    rng = np.random.default_rng([seed, 0])
+    shared, own = rng.normal(size=(pairs, dim)), rng.normal(size=(2 * pairs, dim))
+    looks = np.repeat(shared, 2, 0) + 0.7 * own  # (K, dim)
+    annotations, source = {}, {}
+    for number in range(train + test):
+        T, at, segments, labels = int(rng.integers(160, 257)), 4.0, [], []
+        x = np.zeros((T, dim))
+        while True:
+            at += rng.uniform(4, 16)
+            end = at + math.exp(rng.uniform(math.log(4), math.log(48)))
+            if end > T - 4:
+                break
+            k = int(rng.integers(3 * pairs))  # the last third of the draws: background that looks like action
+            clear = 1 / (1 + np.exp(-np.minimum(np.arange(T) - at, end - np.arange(T)) / 0.7))[:, None]  # blurred boundaries
+            x += clear * (looks[k] if k < 2 * pairs else 0.8 * shared[k - 2 * pairs])
+            if k < 2 * pairs:
+                segments.append([at, end]), labels.append(f"class {k // 2} {'ab'[k % 2]}")
+            at = end
+        walk = np.cumsum(rng.normal(size=(T, dim)), 0) * 0.05
+        x = x * rng.uniform(0.7, 1.3) + rng.normal(size=dim) * 0.4 + walk + rng.normal(size=(T, dim)) * 1.0
+        name = f"toy_{number:03d}"
+        annotations[name] = Annotation("training" if number < train else "validation", float(T), 1.0,
+                                       np.array(segments).reshape(-1, 2), labels)
+        source[name] = x.astype(np.float32)
+    return annotations, source
 
 
 # ---- Features -------------------------------------------------------------------------------------------------------
@@ -240,6 +274,16 @@ def open_video(name, a, source, s, index, path, labelled):
         video = LabelledVideo(**vars(video), segments=torch.tensor(segments, dtype=torch.float32),
                               labels=torch.tensor([index[l] for l, ok in zip(a.labels, good) if ok], dtype=torch.long))
     return video, (len(feats), feats.sum(0), (feats ** 2).sum(0))
+
+
+def statistics(sums, standardize):
+    """Mean and std (D,) over all steps of all training videos, from (steps, sum, sum of squares); 0 and 1 if switched off."""
+    count, total, square = (sum(column) for column in zip(*sums))
+    mean = total / count
+    std = np.sqrt(np.maximum(square / count - mean ** 2, 0))
+    if not standardize:
+        mean, std = np.zeros_like(mean), np.ones_like(std)
+    return torch.tensor(mean, dtype=torch.float32), torch.tensor(np.where(std > 1e-6, std, 1), dtype=torch.float32)
 
 
 @dataclass
@@ -320,16 +364,6 @@ def load_dataset(s, trained=None):
                    [opened[n] for n in sorted(test)], test, hidden, width, mean, std, [c for c in classes if c not in present])
 
 
-def statistics(sums, standardize):
-    """Mean and std (D,) over all steps of all training videos, from (steps, sum, sum of squares); 0 and 1 if switched off."""
-    count, total, square = (sum(column) for column in zip(*sums))
-    mean = total / count
-    std = np.sqrt(np.maximum(square / count - mean ** 2, 0))
-    if not standardize:
-        mean, std = np.zeros_like(mean), np.ones_like(std)
-    return torch.tensor(mean, dtype=torch.float32), torch.tensor(np.where(std > 1e-6, std, 1), dtype=torch.float32)
-
-
 # ---- Items and batches ----------------------------------------------------------------------------------------------
 
 def crop_segments(segments, start, length, keep=0.5):
@@ -386,37 +420,3 @@ def training_batches(videos, data, s, steps, rng):
             order += rng.permutation(len(videos)).tolist()
         chosen, order = order[:s.batch], order[s.batch:]
         yield collate([load_item(videos[i], data, s.max_steps, s.crop_min, rng) for i in chosen])
-
-
-# ---- Toy data -------------------------------------------------------------------------------------------------------
-
-def toy_videos(seed, train=40, test=24, pairs=3, dim=32):
-    """Synthetic videos made from the seed: ({id: Annotation}, {id: features (T, dim)}), 1 s = 1 step.
-
-    What makes the real task hard is in them: classes come in pairs that look alike, half of the background looks like the mean of
-    a pair, boundaries are blurred, durations spread over several pyramid levels, and each video has its own appearance."""
-    rng = np.random.default_rng([seed, 0])
-    shared, own = rng.normal(size=(pairs, dim)), rng.normal(size=(2 * pairs, dim))
-    looks = np.repeat(shared, 2, 0) + 0.7 * own  # (K, dim)
-    annotations, source = {}, {}
-    for number in range(train + test):
-        T, at, segments, labels = int(rng.integers(160, 257)), 4.0, [], []
-        x = np.zeros((T, dim))
-        while True:
-            at += rng.uniform(4, 16)
-            end = at + math.exp(rng.uniform(math.log(4), math.log(48)))
-            if end > T - 4:
-                break
-            k = int(rng.integers(3 * pairs))  # the last third of the draws: background that looks like action
-            clear = 1 / (1 + np.exp(-np.minimum(np.arange(T) - at, end - np.arange(T)) / 0.7))[:, None]  # blurred boundaries
-            x += clear * (looks[k] if k < 2 * pairs else 0.8 * shared[k - 2 * pairs])
-            if k < 2 * pairs:
-                segments.append([at, end]), labels.append(f"class {k // 2} {'ab'[k % 2]}")
-            at = end
-        walk = np.cumsum(rng.normal(size=(T, dim)), 0) * 0.05
-        x = x * rng.uniform(0.7, 1.3) + rng.normal(size=dim) * 0.4 + walk + rng.normal(size=(T, dim)) * 1.0
-        name = f"toy_{number:03d}"
-        annotations[name] = Annotation("training" if number < train else "validation", float(T), 1.0,
-                                       np.array(segments).reshape(-1, 2), labels)
-        source[name] = x.astype(np.float32)
-    return annotations, source

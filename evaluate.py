@@ -41,26 +41,6 @@ def build_detector(s, dim, num_classes):
     return Detector(dim, num_classes, s.channels, s.heads, windows, s.stem, s.drop_path, ranges, s.alqa, s.position)
 
 
-@torch.no_grad()
-def detect(detector, videos, data, s, device):
-    """Detections of whole videos: a list, one instances record a video, by descending joint score, on the CPU:
-    {"segments" (N, 2) in grid steps, "labels", "scores" (joint, after Soft-NMS), "p_cls", "p_tiou", "p_tnd"}.
-
-    Keeps joint scores over s.min_score, the best s.pre_nms (point, class) pairs, segments longer than s.min_length steps, and
-    after Soft-NMS s.max_detections a video."""
-    detector.eval()
-    order = sorted(range(len(videos)), key=lambda i: videos[i].steps)  # videos of like length share a batch
-    records = [None] * len(videos)
-    for at in range(0, len(order), s.batch):
-        chosen = order[at:at + s.batch]
-        batch = collate([load_item(videos[i], data) for i in chosen])
-        with torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bfloat16"):
-            outputs = detector(batch["feats"].to(device), batch["mask"].to(device))
-        for i, record in zip(chosen, suppress(outputs, s)):
-            records[i] = {key: value.cpu() for key, value in record.items()}
-    return records
-
-
 def suppress(outputs, s):
     """Outputs of a batch -> one instances record a video (see detect): candidates, then Soft-NMS of all videos at once."""
     p_cls = torch.sigmoid(outputs.cls_logits)
@@ -80,6 +60,26 @@ def suppress(outputs, s):
         point = index[rows] // K
         records.append({"segments": segments[b, column[rows]], "labels": label[rows], "scores": decayed[mine],
                         "p_cls": p_cls[b, point, label[rows]], "p_tiou": outputs.p_tiou[b, point], "p_tnd": outputs.p_tnd[b, point]})
+    return records
+
+
+@torch.no_grad()
+def detect(detector, videos, data, s, device):
+    """Detections of whole videos: a list, one instances record a video, by descending joint score, on the CPU:
+    {"segments" (N, 2) in grid steps, "labels", "scores" (joint, after Soft-NMS), "p_cls", "p_tiou", "p_tnd"}.
+
+    Keeps joint scores over s.min_score, the best s.pre_nms (point, class) pairs, segments longer than s.min_length steps, and
+    after Soft-NMS s.max_detections a video."""
+    detector.eval()
+    order = sorted(range(len(videos)), key=lambda i: videos[i].steps)  # videos of like length share a batch
+    records = [None] * len(videos)
+    for at in range(0, len(order), s.batch):
+        chosen = order[at:at + s.batch]
+        batch = collate([load_item(videos[i], data) for i in chosen])
+        with torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bfloat16"):
+            outputs = detector(batch["feats"].to(device), batch["mask"].to(device))
+        for i, record in zip(chosen, suppress(outputs, s)):
+            records[i] = {key: value.cpu() for key, value in record.items()}
     return records
 
 

@@ -157,6 +157,12 @@ class Block(nn.Module):
         return x + self.drop2(self.mlp(self.norm2(x)) * mask[..., None]), mask
 
 
+def sinusoid(T, C, device):
+    """Sinusoidal absolute position (T, C), divided by sqrt(C) as ActionFormer does."""
+    angle = torch.arange(T, device=device)[:, None] / 10000 ** (torch.arange(0, C, 2, device=device) / C)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :C] / math.sqrt(C)
+
+
 class Backbone(nn.Module):
     """Two embedding convolutions, stem blocks at full length, then one halving block for each further level, and the
     neck's LayerNorm: (B, T, D) -> [(B, T / 2^l, C)], [(B, T / 2^l)]."""
@@ -182,12 +188,6 @@ class Backbone(nn.Module):
             x, mask = block(x, mask)
             levels.append(x), masks.append(mask)
         return [norm(x) for norm, x in zip(self.neck, levels)], masks
-
-
-def sinusoid(T, C, device):
-    """Sinusoidal absolute position (T, C), divided by sqrt(C) as ActionFormer does."""
-    angle = torch.arange(T, device=device)[:, None] / 10000 ** (torch.arange(0, C, 2, device=device) / C)
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :C] / math.sqrt(C)
 
 
 class Trunk(nn.Module):

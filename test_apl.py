@@ -1235,3 +1235,12 @@ def test_imports_run_one_way_and_importing_does_nothing():
         for node in tree.body:
             kind = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
             assert isinstance(node, (*kind, ast.Expr)) or "__main__" in ast.dump(node), (name, node.lineno)
+
+
+@pytest.mark.parametrize("name", ["model", "alqa", "icd", "acp", "data", "evaluate", "train"])
+def test_nothing_refers_to_what_is_defined_below_it(name):
+    body = ast.parse((HERE / f"{name}.py").read_text()).body
+    line = {node.name: node.lineno for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in body:
+        used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} & set(line)
+        assert all(line[n] <= node.lineno for n in used) or isinstance(node, ast.If), (node.lineno, used)

@@ -201,6 +201,13 @@ def forward(run, batch):
         return run.detector(batch["feats"].to(run.device), batch["mask"].to(run.device))
 
 
+def contrast(run, batch, outputs, instances):
+    """L_acp of a batch, with the labels of `instances`, or K-means clusters where that is None."""
+    s = run.s
+    return acp.acp_loss(outputs.levels, outputs.masks, batch["feats"].to(run.device), instances, len(run.data.classes), s.acp,
+                        s.acp_steps, s.acp_clusters, s.acp_tau, run.generator)
+
+
 def batch_losses(run, batch, instances, branch):
     """The terms of L_x of a batch. branch 0 is labelled, 1 unlabelled, each with its own running mean T+.
 
@@ -224,11 +231,12 @@ def batch_losses(run, batch, instances, branch):
     return losses | {"t_plus": run.t_plus[branch].clone(), "acp": L_acp}
 
 
-def contrast(run, batch, outputs, instances):
-    """L_acp of a batch, with the labels of `instances`, or K-means clusters where that is None."""
-    s = run.s
-    return acp.acp_loss(outputs.levels, outputs.masks, batch["feats"].to(run.device), instances, len(run.data.classes), s.acp,
-                        s.acp_steps, s.acp_clusters, s.acp_tau, run.generator)
+def log(run, **row):
+    """One line to the screen and to log.jsonl."""
+    row = {"stage": run.stage, "epoch": run.epoch + 1} | row
+    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    with open(run.out / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def advance(run, loss, parts):
@@ -255,131 +263,11 @@ def advance(run, loss, parts):
         log(run, step=run.step, of=run.total, steps_a_second=rate, seconds_left=(run.total - run.step) / rate, loss=loss.item(), **parts)
 
 
-def log(run, **row):
-    """One line to the screen and to log.jsonl."""
-    row = {"stage": run.stage, "epoch": run.epoch + 1} | row
-    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-    with open(run.out / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+# ---- The run: begin, save, resume -----------------------------------------------------------------------------------
 
+MODULES = ("detector", "ema", "icd", "icd_optimizer", "optimizer")
+NUMBERS = ("stage", "step", "ema_step", "t_plus", "pseudo")
 
-# ---- The three stages -----------------------------------------------------------------------------------------------
-
-def epochs(run, stage, count, steps):
-    """The epochs of a stage that are still to do: yields each epoch's numpy generator, and saves the whole run at its end.
-
-    Every epoch draws from generators seeded by (seed, stage, epoch) alone, so a resumed run goes on exactly as it would have."""
-    if STAGES.index(stage) < STAGES.index(run.stage):
-        return
-    if stage != run.stage or run.optimizer is None:
-        run.stage, run.epoch, run.step = stage, 0, 0
-        run.optimizer = make_optimizer(run.detector, run.s)
-    run.total = count * steps
-    run.clock = (run.step, time.time())
-    for epoch in range(run.epoch, count):
-        run.epoch = epoch
-        seeds = np.random.SeedSequence([run.s.seed, STAGES.index(stage), run.epoch])
-        seed = int(seeds.generate_state(1)[0])
-        torch.manual_seed(seed)
-        run.generator = torch.Generator().manual_seed(seed)
-        run.detector.train(), run.icd.train()
-        yield np.random.default_rng(seeds)
-        save(run, run.epoch + 1)
-
-
-def pretrain(run):
-    """Stage 1, ACP: contrast the steps of labelled and unlabelled videos; no label is read (Sec. 3.3)."""
-    s, videos = run.s, [blind(v) for v in run.data.labelled + run.data.unlabelled]
-    steps = math.ceil(len(videos) / s.batch)
-    for rng in epochs(run, "pretrain", s.pretrain_epochs, steps):
-        for batch in training_batches(videos, run.data, s, steps, rng):
-            advance(run, contrast(run, batch, forward(run, batch), None), {})
-
-
-def supervised(run):
-    """Stage 2: the detector on labelled videos, and ICD beside it with its own optimiser (Sec. 3.1, 3.2)."""
-    s = run.s
-    steps = max(math.ceil(len(run.data.labelled) / s.batch), math.ceil(s.supervised_steps / s.supervised_epochs))
-    for rng in epochs(run, "supervised", s.supervised_epochs, steps):
-        for batch in training_batches(run.data.labelled, run.data, s, steps, rng):
-            sup = batch_losses(run, batch, ground_truth(batch), 0)
-            L_icd = train_icd(run, batch) if not s.icd_steps or run.step < s.icd_steps else 0.0
-            advance(run, objective(sup, None, s), sup | {"icd": L_icd})
-
-
-def joint(run):
-    """Stage 3, Fig. 1: detect on unlabelled videos, ALQA selects, ICD refines, the detector learns from both kinds."""
-    s, unlabelled = run.s, {v.id: v for v in run.data.unlabelled}
-    steps = math.ceil(len(unlabelled) / s.batch)
-    for rng in epochs(run, "joint", s.joint_epochs, steps):
-        if run.pseudo is None or (s.refresh and run.epoch and run.epoch % s.refresh == 0):
-            run.pseudo = make_pseudo_labels(run)
-            run.detector.train()
-        taught = [unlabelled[n] for n, r in run.pseudo.items() if positives(r).any()]
-        labelled_batches = training_batches(run.data.labelled, run.data, s, steps, rng)
-        unlabelled_batches = training_batches(taught, run.data, s, steps, rng) if taught else [None] * steps
-        for labelled_batch, unlabelled_batch in zip(labelled_batches, unlabelled_batches):
-            sup, unsup = batch_losses(run, labelled_batch, ground_truth(labelled_batch), 0), None
-            if unlabelled_batch:
-                unsup = batch_losses(run, unlabelled_batch, pseudo_truth(run, unlabelled_batch), 1)
-            advance(run, objective(sup, unsup, s), sup | {f"unsup_{key}": value for key, value in (unsup or {}).items()})
-
-
-def ground_truth(batch):
-    """The instances of a labelled batch."""
-    return [{"segments": g, "labels": l, "rejected": g.new_zeros(0, 2)} for g, l in zip(batch["segments"], batch["labels"])]
-
-
-def positives(record):
-    """Which pseudo labels of a record teach: kept or mined, (N,) bool."""
-    return (record["status"] == icd.KEPT) | (record["status"] == icd.MINED)
-
-
-def pseudo_truth(run, batch):
-    """The instances of an unlabelled batch: its pseudo labels within the crops; what was detected and rejected is masked out of
-    the loss, or background if the setting says so."""
-    instances = []
-    for video, start, mask in zip(batch["videos"], batch["starts"], batch["mask"]):
-        r = run.pseudo[video.id]
-        segments, inside = crop_segments(r["segments"], start, int(mask.sum()))
-        teach, left_out = positives(r) & inside, ~positives(r) & (run.s.rejected == "masked")
-        instances.append({"segments": segments[teach], "labels": r["labels"][teach], "rejected": r["segments"][left_out] - start})
-    return instances
-
-
-def train_icd(run, batch):
-    """One step of ICD's own optimiser on the instances of a labelled batch; returns the loss."""
-    ids = {v.id for v in batch["videos"]}
-    mine = [i for i, name in enumerate(run.bank["videos"]) if name in ids]
-    loss = icd.icd_loss(run.icd, run.bank, mine, run.s.icd_pairs, run.generator)
-    run.icd_optimizer.zero_grad()
-    loss.backward()
-    run.icd_optimizer.step()
-    return loss.item()
-
-
-@torch.no_grad()
-def make_pseudo_labels(run):
-    """Pseudo labels of the unlabelled videos: {id: record of detect(), with "similarity" and "status"}, and the method's pulse.
-
-    1) Detect, 2) ALQA selects positives and candidates, 3) ICD scores each, drops ambiguous positives, mines potential ones."""
-    s, videos = run.s, run.data.unlabelled
-    run.icd.eval()
-    records = evaluate.detect(run.ema if s.pseudo_weights == "ema" else run.detector, videos, run.data, s, run.device)
-    records = [alqa.without_repeats(r, s.repeat) for r in records]
-    records, theta_h = alqa.select(records, s.theta_l, s.threshold, s.theta_fixed, s.scope)
-    for video, r in zip(videos, records):
-        feats = load_item(video, run.data)["feats"].to(run.device)
-        icd.refine_pseudo_labels(r, run.icd, run.bank, feats, s.icd_pool, s.theta_drop, s.theta_mine, s.icd)
-    count = torch.cat([r["status"] for r in records]).bincount(minlength=len(icd.STATUS)).tolist()
-    teaching = [{key: value[positives(r)] for key, value in r.items()} for r in records]
-    quality = evaluate.pseudo_label_quality(teaching, [run.data.hidden[v.id] for v in videos]) if s.audit else {}
-    log(run, positives=count[icd.KEPT] + count[icd.DROPPED], candidates=count[icd.MINED] + count[icd.CANDIDATE], dropped=count[icd.DROPPED],
-        mined=count[icd.MINED], theta_h=float(np.mean(theta_h or [1.0])), silent=sum(len(r["labels"]) == 0 for r in teaching), **quality)
-    return {v.id: r for v, r in zip(videos, records)}
-
-
-# ---- The run: start, save, resume, report ---------------------------------------------------------------------------
 
 def make_optimizer(detector, s):
     """AdamW; weight decay for the matrices only, as ActionFormer has it."""
@@ -402,10 +290,6 @@ def begin(s, data):
         icd=discriminator, icd_optimizer=torch.optim.Adam(discriminator.parameters(), lr=s.icd_lr), bank=bank, optimizer=None,
         pseudo=None, t_plus=torch.full((2,), s.t_plus, device=device), stage=STAGES[0] if s.acp != "none" else STAGES[1],
         epoch=0, step=0, ema_step=0, total=0, generator=None, clock=None)
-
-
-MODULES = ("detector", "ema", "icd", "icd_optimizer", "optimizer")
-NUMBERS = ("stage", "step", "ema_step", "t_plus", "pseudo")
 
 
 def save(run, epoch):
@@ -446,6 +330,126 @@ def clear(run, resumed):
         kept = [row for row in whole if at(json.loads(row)) <= (STAGES.index(run.stage), run.epoch)]
         (run.out / "log.jsonl").write_text("".join(row + "\n" for row in kept), encoding="utf-8")
 
+
+def epochs(run, stage, count, steps):
+    """The epochs of a stage that are still to do: yields each epoch's numpy generator, and saves the whole run at its end.
+
+    Every epoch draws from generators seeded by (seed, stage, epoch) alone, so a resumed run goes on exactly as it would have."""
+    if STAGES.index(stage) < STAGES.index(run.stage):
+        return
+    if stage != run.stage or run.optimizer is None:
+        run.stage, run.epoch, run.step = stage, 0, 0
+        run.optimizer = make_optimizer(run.detector, run.s)
+    run.total = count * steps
+    run.clock = (run.step, time.time())
+    for epoch in range(run.epoch, count):
+        run.epoch = epoch
+        seeds = np.random.SeedSequence([run.s.seed, STAGES.index(stage), run.epoch])
+        seed = int(seeds.generate_state(1)[0])
+        torch.manual_seed(seed)
+        run.generator = torch.Generator().manual_seed(seed)
+        run.detector.train(), run.icd.train()
+        yield np.random.default_rng(seeds)
+        save(run, run.epoch + 1)
+
+
+# ---- What teaches the detector --------------------------------------------------------------------------------------
+
+def ground_truth(batch):
+    """The instances of a labelled batch."""
+    return [{"segments": g, "labels": l, "rejected": g.new_zeros(0, 2)} for g, l in zip(batch["segments"], batch["labels"])]
+
+
+def teaches(record):
+    """Which pseudo labels of a record teach: kept or mined, (N,) bool."""
+    return (record["status"] == icd.KEPT) | (record["status"] == icd.MINED)
+
+
+def pseudo_truth(run, batch):
+    """The instances of an unlabelled batch: its pseudo labels within the crops; what was detected and rejected is masked out of
+    the loss, or background if the setting says so."""
+    instances = []
+    for video, start, mask in zip(batch["videos"], batch["starts"], batch["mask"]):
+        r = run.pseudo[video.id]
+        segments, inside = crop_segments(r["segments"], start, int(mask.sum()))
+        teach, left_out = teaches(r) & inside, ~teaches(r) & (run.s.rejected == "masked")
+        instances.append({"segments": segments[teach], "labels": r["labels"][teach], "rejected": r["segments"][left_out] - start})
+    return instances
+
+
+def train_icd(run, batch):
+    """One step of ICD's own optimiser on the instances of a labelled batch; returns the loss."""
+    ids = {v.id for v in batch["videos"]}
+    mine = [i for i, name in enumerate(run.bank["videos"]) if name in ids]
+    loss = icd.icd_loss(run.icd, run.bank, mine, run.s.icd_pairs, run.generator)
+    run.icd_optimizer.zero_grad()
+    loss.backward()
+    run.icd_optimizer.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def make_pseudo_labels(run):
+    """Pseudo labels of the unlabelled videos: {id: record of detect(), with "similarity" and "status"}, and the method's pulse.
+
+    1) Detect, 2) ALQA selects positives and candidates, 3) ICD scores each, drops ambiguous positives, mines potential ones."""
+    s, videos = run.s, run.data.unlabelled
+    run.icd.eval()
+    records = evaluate.detect(run.ema if s.pseudo_weights == "ema" else run.detector, videos, run.data, s, run.device)
+    records = [alqa.without_repeats(r, s.repeat) for r in records]
+    records, theta_h = alqa.select(records, s.theta_l, s.threshold, s.theta_fixed, s.scope)
+    for video, r in zip(videos, records):
+        feats = load_item(video, run.data)["feats"].to(run.device)
+        icd.refine_pseudo_labels(r, run.icd, run.bank, feats, s.icd_pool, s.theta_drop, s.theta_mine, s.icd)
+    count = torch.cat([r["status"] for r in records]).bincount(minlength=len(icd.STATUS)).tolist()
+    teaching = [{key: value[teaches(r)] for key, value in r.items()} for r in records]
+    quality = evaluate.pseudo_label_quality(teaching, [run.data.hidden[v.id] for v in videos]) if s.audit else {}
+    log(run, positives=count[icd.KEPT] + count[icd.DROPPED], candidates=count[icd.MINED] + count[icd.CANDIDATE], dropped=count[icd.DROPPED],
+        mined=count[icd.MINED], theta_h=float(np.mean(theta_h or [1.0])), silent=sum(len(r["labels"]) == 0 for r in teaching), **quality)
+    return {v.id: r for v, r in zip(videos, records)}
+
+
+# ---- The three stages -----------------------------------------------------------------------------------------------
+
+def pretrain(run):
+    """Stage 1, ACP: contrast the steps of labelled and unlabelled videos; no label is read (Sec. 3.3)."""
+    s, videos = run.s, [blind(v) for v in run.data.labelled + run.data.unlabelled]
+    steps = math.ceil(len(videos) / s.batch)
+    for rng in epochs(run, "pretrain", s.pretrain_epochs, steps):
+        for batch in training_batches(videos, run.data, s, steps, rng):
+            advance(run, contrast(run, batch, forward(run, batch), None), {})
+
+
+def supervised(run):
+    """Stage 2: the detector on labelled videos, and ICD beside it with its own optimiser (Sec. 3.1, 3.2)."""
+    s = run.s
+    steps = max(math.ceil(len(run.data.labelled) / s.batch), math.ceil(s.supervised_steps / s.supervised_epochs))
+    for rng in epochs(run, "supervised", s.supervised_epochs, steps):
+        for batch in training_batches(run.data.labelled, run.data, s, steps, rng):
+            sup = batch_losses(run, batch, ground_truth(batch), 0)
+            L_icd = train_icd(run, batch) if not s.icd_steps or run.step < s.icd_steps else 0.0
+            advance(run, objective(sup, None, s), sup | {"icd": L_icd})
+
+
+def joint(run):
+    """Stage 3, Fig. 1: detect on unlabelled videos, ALQA selects, ICD refines, the detector learns from both kinds."""
+    s, unlabelled = run.s, {v.id: v for v in run.data.unlabelled}
+    steps = math.ceil(len(unlabelled) / s.batch)
+    for rng in epochs(run, "joint", s.joint_epochs, steps):
+        if run.pseudo is None or (s.refresh and run.epoch and run.epoch % s.refresh == 0):
+            run.pseudo = make_pseudo_labels(run)
+            run.detector.train()
+        taught = [unlabelled[n] for n, r in run.pseudo.items() if teaches(r).any()]
+        labelled_batches = training_batches(run.data.labelled, run.data, s, steps, rng)
+        unlabelled_batches = training_batches(taught, run.data, s, steps, rng) if taught else [None] * steps
+        for labelled_batch, unlabelled_batch in zip(labelled_batches, unlabelled_batches):
+            sup, unsup = batch_losses(run, labelled_batch, ground_truth(labelled_batch), 0), None
+            if unlabelled_batch:
+                unsup = batch_losses(run, unlabelled_batch, pseudo_truth(run, unlabelled_batch), 1)
+            advance(run, objective(sup, unsup, s), sup | {f"unsup_{key}": value for key, value in (unsup or {}).items()})
+
+
+# ---- The report and the command line --------------------------------------------------------------------------------
 
 def report(run):
     """Detect on the test videos with raw and averaged weights of the last epoch; write what --out receives; print the table."""
