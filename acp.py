@@ -95,7 +95,7 @@ def step_classes(steps, segments, labels, rejected, num_classes):
     return torch.where(length < torch.inf, labels[index], classes)
 
 
-def acp_loss(levels, masks, feats, instances, num_classes, kinds, m, clusters, tau, generator):
+def acp_loss(levels, masks, feats, instances, num_classes, kinds, m, clusters, tau, generator, restarts=10):
     """L_acp = L_coarse + L_fine of a batch -> scalar.
 
     feats (B, T, D) are the raw input features. Coarse contrasts the steps within each video, fine those of all videos.
@@ -107,8 +107,8 @@ def acp_loss(levels, masks, feats, instances, num_classes, kinds, m, clusters, t
     z, B = representation(levels, masks, steps), len(feats)  # (B, m, L * C)
     if instances is None:
         x = feats.gather(1, steps[..., None].expand(-1, -1, feats.shape[-1]))  # (B, m, D)
-        coarse = [kmeans(x_b, 2, generator) for x_b in x] if "coarse" in kinds else None
-        fine = kmeans(x.flatten(0, 1), clusters, generator) if "fine" in kinds else None
+        coarse = [kmeans(x_b, 2, generator, restarts) for x_b in x] if "coarse" in kinds else None
+        fine = kmeans(x.flatten(0, 1), clusters, generator, restarts) if "fine" in kinds else None
     else:
         fine = torch.stack([step_classes(s, r["segments"], r["labels"], r["rejected"], num_classes) for s, r in zip(steps, instances)])
         fine[[len(r["labels"]) == 0 for r in instances]] = -1

@@ -84,7 +84,7 @@ def focal_loss(cls_logits, onehot, alpha=0.25, gamma=2.0):
     return alpha_t * (1 - p_t) ** gamma * F.binary_cross_entropy_with_logits(cls_logits, onehot, reduction="none")
 
 
-def detection_losses(outputs, cls_target, offset_target, use, branches, form, eps=1e-6, beta=2.0):
+def detection_losses(outputs, cls_target, offset_target, use, branches, form, eps=1e-6, beta=2.0, alpha=0.25, gamma=2.0):
     """Sec. 3.1 at once: the three losses summed over the points `use` (B, P) bool, and the positives T+ among them.
 
     Returns {"cls", "reg", "quality"} scalars (finite without positives) and "positives" (scalar tensor). Without ALQA
@@ -93,7 +93,7 @@ def detection_losses(outputs, cls_target, offset_target, use, branches, form, ep
     regressed, target = outputs.offsets[positive], offset_target[positive]  # (T+, 2)
     tiou_target, tnd_target = overlap(regressed.detach(), target)  # no gradient: they are targets
     if branches == "none":
-        cls = focal_loss(outputs.cls_logits[use], cls_target[use]).sum()
+        cls = focal_loss(outputs.cls_logits[use], cls_target[use], alpha, gamma).sum()
     else:
         Y = torch.zeros_like(cls_target)
         Y[positive] = soft_label(cls_target[positive], tiou_target, tnd_target, branches, eps)
@@ -125,8 +125,9 @@ def select(detections, theta_l, threshold, theta_fixed, scope):
     detections: a list, one instances record a video, after Soft-NMS, with joint "scores". Returns the records without what
     theta_l drops, with "positive" (N,) bool added, and the list of theta_h (one a video; one a class if `scope` is "class").
     The form of the sum, the population std and >= are not given in the paper: with two instances the unbiased std never
-    selects one. `scope` says what the statistics are over: each video, the dataset, each class of it. `threshold` "fixed"
-    sets theta_h = theta_fixed (the baseline of Tab. 3(a) and Fig. 3(c)), "mean" leaves the std out."""
+    selects one. `scope` says what the statistics are over: each video, the dataset, each class of it. `threshold` "mean"
+    leaves the std out, "fixed" sets theta_h = theta_fixed: the fixed case of Fig. 3(c), and without quality branches, where the
+    joint score is the class score, the baseline of Tab. 3(a)."""
     records = [{key: value[d["scores"] > theta_l] for key, value in d.items()} for d in detections]
 
     def theta(s):
@@ -135,13 +136,9 @@ def select(detections, theta_l, threshold, theta_fixed, scope):
         return float(s.double().mean() + (s.double().std(correction=0) if threshold == "mean+std" else 0))
 
     scores, labels = (torch.cat([r[key] for r in records]) if records else torch.zeros(0) for key in ("scores", "labels"))
-    if scope == "class":
-        by_class = {c: theta(scores[labels == c]) for c in labels.unique().tolist()}
-        theta_h = list(by_class.values())
-    else:
-        by_video = [theta(r["scores"] if scope == "video" else scores) for r in records]
-        theta_h = by_video
+    theta_h = {"video": lambda: [theta(r["scores"]) for r in records], "dataset": lambda: [theta(scores)] * len(records),
+               "class": lambda: {c: theta(scores[labels == c]) for c in labels.unique().tolist()}}[scope]()
     for number, r in enumerate(records):
-        bound = [by_class[c] for c in r["labels"].tolist()] if scope == "class" else by_video[number]
+        bound = [theta_h[c] for c in r["labels"].tolist()] if scope == "class" else theta_h[number]
         r["positive"] = r["scores"].double() >= torch.as_tensor(bound, dtype=torch.float64)
-    return records, theta_h
+    return records, list(theta_h.values()) if scope == "class" else theta_h

@@ -103,10 +103,10 @@ def read_annotations(path):
     return videos
 
 
-def good_segments(a):
+def good_segments(a, duration):
     """Which segments of an Annotation end after they start and lie at least half inside the video, (N,) bool."""
     starts, ends = a.segments.T
-    inside = np.minimum(ends, a.duration or math.inf) - np.maximum(starts, 0)
+    inside = np.minimum(ends, duration) - np.maximum(starts, 0)
     return (ends > starts) & (inside >= 0.5 * (ends - starts))
 
 
@@ -132,9 +132,9 @@ def _read_split(path, videos):
             ids = path.read_text(encoding="utf-8").split()
         except (OSError, ValueError) as error:
             raise BadInput(f"split file {path} cannot be read: {error}") from None
-    if not isinstance(ids, list) or not ids:
-        raise BadInput(f"split file {path} selects no labelled video")
-    ids = [i if i in videos else str(i).removeprefix("v_") for i in ids]
+    if not isinstance(ids, list) or not ids or not all(isinstance(i, str) for i in ids):
+        raise BadInput(f"split file {path} selects no labelled video; it must list their ids")
+    ids = [i if i in videos else i.removeprefix("v_") for i in ids]
     unknown = [i for i in ids if i not in videos]
     if unknown:
         raise BadInput(f"split file {path} names {unknown[0]}, which is no training video")
@@ -156,14 +156,15 @@ def split_videos(videos, ratio, split, seed):
     order = [names[i] for i in rng.permutation(len(names))]
     if split == "uniform":
         return sorted(order[:count])
+    labels = {n: {l for l, good in zip(a.labels, good_segments(a, a.duration or math.inf)) if good} for n, a in videos.items()}
     chosen, covered = [], set()
     while len(chosen) < count:
-        best = max(order, key=lambda name, covered=covered: len(set(videos[name].labels) - covered))
-        if covered and not set(videos[best].labels) - covered:  # every class that is left has been drawn: the next round
+        best = max(order, key=lambda name, covered=covered: len(labels[name] - covered))
+        if covered and not labels[best] - covered:  # every class that is left has been drawn: the next round
             covered = set()
             continue
         order.remove(best), chosen.append(best)
-        covered |= set(videos[best].labels)
+        covered |= labels[best]
     return sorted(chosen)
 
 
@@ -179,11 +180,11 @@ def toy_videos(seed, train=40, test=24, pairs=3, dim=32):
     looks = np.repeat(shared, 2, 0) + 0.7 * own  # (K, dim)
     annotations, source = {}, {}
     for number in range(train + test):
-        T, at, segments, labels = int(rng.integers(160, 257)), 4.0, [], []
+        T, at, segments, labels = int(rng.integers(224, 353)), 4.0, [], []
         x = np.zeros((T, dim))
         while True:
-            at += rng.uniform(4, 16)
-            end = at + math.exp(rng.uniform(math.log(4), math.log(48)))
+            at += rng.uniform(3, 12)
+            end = at + math.exp(rng.uniform(math.log(4), math.log(40)))
             if end > T - 4:
                 break
             k = int(rng.integers(3 * pairs))  # the last third of the draws: background that looks like action
@@ -205,13 +206,15 @@ def toy_videos(seed, train=40, test=24, pairs=3, dim=32):
 
 @dataclass
 class Video:
-    """A video without labels: unlabelled or test. `source` is a feature file or an array (T, D); `steps` is T on the grid."""
+    """A video without labels: unlabelled or test. `source` is a feature file or an array (T, D); `steps` is T on the grid, where
+    a resized video has another T than its source."""
     id: str
     source: Path | np.ndarray
     key: str
     grid: Grid
     steps: int
     duration: float
+    resized: bool
 
 
 @dataclass
@@ -223,7 +226,7 @@ class LabelledVideo(Video):
 
 def blind(video):
     """The same video as an unlabelled one: no label field."""
-    return Video(video.id, video.source, video.key, video.grid, video.steps, video.duration)
+    return Video(video.id, video.source, video.key, video.grid, video.steps, video.duration, video.resized)
 
 
 def read_features(source, key, name):
@@ -267,9 +270,12 @@ def open_video(name, a, source, s, index, path, labelled):
     if s.resize:  # the whole video on a fixed number of steps, as ActionFormer does for ActivityNet
         stride = ((steps - 1) * s.stride + s.frames) / s.resize
         steps, grid = s.resize, Grid(fps, stride, stride)
-    video = Video(name, source, s.feature_key, grid, steps, duration)
+    good = good_segments(a, duration)
+    if s.bad_segments == "error" and not good.all():  # THUMOS14 and ActivityNet hold some, left out in training
+        raise BadInput(f"annotation file {path}, video {name}: the segment {a.segments[~good][0].tolist()} ends before it starts or "
+                       f"lies outside the video (duration {duration}); --bad-segments skip leaves such segments out")
+    video = Video(name, source, s.feature_key, grid, steps, duration, bool(s.resize))
     if labelled:
-        good = good_segments(a)
         segments = grid.to_grid(np.clip(a.segments[good], 0, duration))
         video = LabelledVideo(**vars(video), segments=torch.tensor(segments, dtype=torch.float32),
                               labels=torch.tensor([index[l] for l, ok in zip(a.labels, good) if ok], dtype=torch.long))
@@ -336,13 +342,11 @@ def load_dataset(s, trained=None):
     classes = trained["classes"] if trained else class_names([*train.values(), *test.values()])
     index = {label: i for i, label in enumerate(classes)}
     for name, a in (train | test).items():
-        good = good_segments(a)
-        if s.bad_segments == "error" and not good.all():  # THUMOS14 and ActivityNet hold some, left out in training
-            raise BadInput(f"annotation file {path}, video {name}: the segment {a.segments[~good][0].tolist()} ends before it starts or "
-                           f"lies outside the video (duration {a.duration}); --bad-segments skip leaves such segments out")
         unknown = [label for label in a.labels if label not in classes]
         if unknown:
             raise BadInput(f"annotation file {path}, video {name}: the label {unknown[0]!r} is unknown to the checkpoint")
+    if not any(a.labels for a in test.values()):
+        raise BadInput(f"annotation file {path}: the subset {s.test_subset!r} holds no instance to evaluate on")
     labelled_ids = set() if trained else set(split_videos(train, s.ratio, s.split, s.seed))
     opened, sums = {}, []
     for name, a in (test if trained else train | test).items():
@@ -358,7 +362,7 @@ def load_dataset(s, trained=None):
     else:
         mean, std = statistics([sizes for name, sizes in sums if name in train], s.standardize)
     hidden = {n: opened[n] for n in sorted(train) if n not in labelled_ids} if s.audit and not trained else {}
-    present = {label for name in labelled_ids for label in train[name].labels}
+    present = {classes[label] for name in labelled_ids for label in opened[name].labels.tolist()}
     return Dataset(classes, [opened[n] for n in sorted(labelled_ids)],
                    [] if trained else [blind(opened[n]) for n in sorted(train) if n not in labelled_ids],
                    [opened[n] for n in sorted(test)], test, hidden, width, mean, std, [c for c in classes if c not in present])
@@ -366,36 +370,37 @@ def load_dataset(s, trained=None):
 
 # ---- Items and batches ----------------------------------------------------------------------------------------------
 
-def crop_segments(segments, start, length, keep=0.5):
-    """Segments (N, 2) seen in the window of `length` steps from `start`: clipped and moved, with the boolean rows of which at
-    least the share `keep` is left."""
-    window = segments.clamp(start, start + length - 1)
-    return window - start, (window[:, 1] - window[:, 0]) >= keep * (segments[:, 1] - segments[:, 0])
+def crop_segments(segments, start, length, keep):
+    """Segments (N, 2) seen in the window of `length` steps from `start` (a step reaches half a step to either side): clipped and
+    moved, with the boolean rows of which at least the share `keep` is left."""
+    window = segments.clamp(start - 0.5, start + length - 0.5)
+    left = window[:, 1] - window[:, 0]
+    return window - start, (left > 0) & (left >= keep * (segments[:, 1] - segments[:, 0]))
 
 
-def load_item(video, data, max_steps=0, crop_min=1.0, rng=None):
-    """One video as tensors: {"video", "feats" (T, D), "start"}, for a LabelledVideo also "segments" and "labels".
+def load_item(video, data, s, rng=None):
+    """One video as tensors: {"id", "video", "feats" (T, D), "start"}, for a LabelledVideo also "segments" and "labels".
 
-    With `rng` it is cropped at random, to at most max_steps and at least crop_min of its length; a labelled video tries ten
-    windows for one that holds an action (ActionFormer's crop), an unlabelled one takes the first: its crop cannot see labels."""
+    With `rng` it is cropped at random, to at most s.max_steps and at least s.crop_min of its length; a labelled video tries
+    s.crop_tries windows for one that holds an action (ActionFormer's crop), an unlabelled one takes the first: its crop cannot
+    see labels. A resized video is never cropped."""
     feats = read_features(video.source, video.key, video.id)
-    total = video.steps
-    length, start, labelled = total, 0, isinstance(video, LabelledVideo)
-    if rng is not None and len(feats) == total:
-        length = min(total, max_steps or total)
-        if length == total:
-            length = int(rng.integers(max(round(crop_min * total), 1), total + 1))
-        for _ in range(10 if labelled else 1):
-            start = int(rng.integers(total - length + 1))
-            if labelled and crop_segments(video.segments, start, length)[1].any():
+    length, start, labelled = video.steps, 0, isinstance(video, LabelledVideo)
+    if rng is not None and not video.resized:
+        length = min(video.steps, s.max_steps)
+        if length == video.steps:
+            length = int(rng.integers(max(round(s.crop_min * length), 1), length + 1))
+        for _ in range(s.crop_tries if labelled else 1):
+            start = int(rng.integers(video.steps - length + 1))
+            if labelled and crop_segments(video.segments, start, length, s.crop_keep)[1].any():
                 break
         feats = feats[start:start + length]
     x = torch.from_numpy(np.array(feats, dtype=np.float32))
-    if len(x) != length:
+    if video.resized:
         x = F.interpolate(x.T[None], size=length, mode="linear", align_corners=False)[0].T
-    item = {"video": video, "feats": (x - data.mean) / data.std, "start": start}
+    item = {"id": video.id, "video": video, "feats": (x - data.mean) / data.std, "start": start}
     if labelled:
-        segments, inside = crop_segments(video.segments, start, length)
+        segments, inside = crop_segments(video.segments, start, length, s.crop_keep)
         item |= {"segments": segments[inside], "labels": video.labels[inside]}
     return item
 
@@ -419,4 +424,4 @@ def training_batches(videos, data, s, steps, rng):
         while len(order) < min(s.batch, len(videos)):
             order += rng.permutation(len(videos)).tolist()
         chosen, order = order[:s.batch], order[s.batch:]
-        yield collate([load_item(videos[i], data, s.max_steps, s.crop_min, rng) for i in chosen])
+        yield collate([load_item(videos[i], data, s, rng) for i in chosen])

@@ -33,12 +33,14 @@ def build_detector(s, dim, num_classes):
         ranges = [(float(low), float(high)) for low, high in (pair.split(":") for pair in s.ranges.split(","))]
     except ValueError:
         raise BadInput(f"setting ranges must be low:high pairs with commas, not {s.ranges!r}") from None
+    if not all(low <= high for low, high in ranges) or min(windows) < 0:
+        raise BadInput(f"setting ranges must be low:high pairs, {s.ranges!r}, and windows not negative, {s.windows!r}")
     windows = windows * len(ranges) if len(windows) == 1 else windows
     if len(windows) != len(ranges):
         raise BadInput(f"setting windows gives {len(windows)} levels, setting ranges {len(ranges)}")
     if s.channels % s.heads:
         raise BadInput(f"setting channels, {s.channels}, is no multiple of heads, {s.heads}")
-    return Detector(dim, num_classes, s.channels, s.heads, windows, s.stem, s.drop_path, ranges, s.alqa, s.position)
+    return Detector(dim, num_classes, s.channels, s.heads, windows, s.stem, s.drop_path, ranges, s.alqa, s.tnd_bias, s.position)
 
 
 def suppress(outputs, s):
@@ -75,7 +77,7 @@ def detect(detector, videos, data, s, device):
     records = [None] * len(videos)
     for at in range(0, len(order), s.batch):
         chosen = order[at:at + s.batch]
-        batch = collate([load_item(videos[i], data) for i in chosen])
+        batch = collate([load_item(videos[i], data, s) for i in chosen])
         with torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bfloat16"):
             outputs = detector(batch["feats"].to(device), batch["mask"].to(device))
         for i, record in zip(chosen, suppress(outputs, s)):
@@ -158,20 +160,15 @@ def match(segments, group, truth, truth_group, tious):
 def mean_average_precision(truth, predictions, tious):
     """mAP as the ActivityNet toolkit computes it, over the classes of the ground truth.
 
-    truth: {id: Annotation} (segments in seconds, labels); predictions: {id: [{"label", "score", "segment"}]}; a detection in a
-    video without ground truth is a false positive. Returns the content of metrics.json, as fractions. A prediction of a label
-    that the ground truth does not know raises BadInput."""
+    truth: {id: Annotation} (segments in seconds, labels), one instance or more; predictions: {id: [{"label", "score", "segment"}]}.
+    A detection in a video without ground truth is a false positive, one of a class without ground truth counts nowhere. Returns
+    the content of metrics.json, as fractions."""
     tious = np.asarray(tious, dtype=np.float64)
     truth_rows = [(video, label, *segment) for video, a in truth.items() for label, segment in zip(a.labels, a.segments)]
-    rows = [(video, d["label"], d["score"], *d["segment"]) for video, found in predictions.items() for d in found]
     classes = list(dict.fromkeys(row[1] for row in truth_rows))
     class_of = {label: i for i, label in enumerate(classes)}
+    rows = [(video, d["label"], d["score"], *d["segment"]) for video, found in predictions.items() for d in found if d["label"] in class_of]
     video_of = {video: i for i, video in enumerate(dict.fromkeys([*truth, *predictions]))}
-    unknown = next((row for row in rows if row[1] not in class_of), None)
-    if unknown:
-        raise BadInput(f"video {unknown[0]}: a prediction has the label {unknown[1]!r}, which the ground truth does not know")
-    if not classes:
-        raise BadInput("the ground truth holds no instance to evaluate on")
     group = lambda rows: np.array([video_of[row[0]] * len(classes) + class_of[row[1]] for row in rows], dtype=np.int64)
     truth_group, pred_group = group(truth_rows), group(rows)
     truth_segments = np.array([row[2:] for row in truth_rows], dtype=np.float64).reshape(-1, 2)
@@ -211,12 +208,6 @@ def pseudo_label_quality(records, hidden):
             "precision": matched / max(predicted, 1), "recall": matched / max(real, 1)}
 
 
-def known_only(predictions, truth):
-    """Predictions without the classes that the ground truth does not know (a subset may lack some); the toolkit has no AP for them."""
-    known = {label for a in truth.values() for label in a.labels}
-    return {video: [d for d in found if d["label"] in known] for video, found in predictions.items()}
-
-
 def table(metrics, title):
     """A table of mAP in percent, with the number of videos, instances and classes."""
     head = "".join(f"{t:8.2f}" for t in metrics["tiou"])
@@ -254,24 +245,38 @@ def write_json(path, content, indent=None):
     write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=indent), encoding="utf-8"))
 
 
+CHECKPOINT = {"settings", "classes", "mean", "std", "labelled", "detector", "ema", "stage", "epoch"}
+
+
 def read_checkpoint(path, device="cpu"):
     """A checkpoint of train.py, read without executing anything; raises BadInput if it is missing or no such file."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(checkpoint, dict) or "settings" not in checkpoint:
+        if not isinstance(checkpoint, dict) or not CHECKPOINT <= set(checkpoint):
             raise ValueError("it is not a checkpoint of train.py")
         return checkpoint
     except FileNotFoundError:
         raise BadInput(f"checkpoint not found: {path}") from None
-    except (OSError, ValueError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:  # cut short, pickled or foreign
-        raise BadInput(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        # torch.load raises all of these for a file that is cut short, pickled or foreign
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"checkpoint {path} cannot be read: {reason}") from None
+
+
+def pick_device(name):
+    """The device of that name, "auto" being cuda where there is one, else cpu; raises BadInput if it cannot be used."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def evaluate_detector(detector, data, s, device):
     """(metrics, predictions) of a detector on the test videos."""
     predictions = export(data.test, detect(detector, data.test, data, s, device), data.classes)
-    found = known_only(predictions["results"], data.ground_truth)
-    return mean_average_precision(data.ground_truth, found, parse_tious(s.tiou)), predictions
+    return mean_average_precision(data.ground_truth, predictions["results"], parse_tious(s.tiou)), predictions
 
 
 def read_predictions(path):
@@ -281,11 +286,42 @@ def read_predictions(path):
     if not isinstance(results, dict):
         raise BadInput(f"prediction file {path} has no \"results\"")
     for video, found in results.items():
-        for d in found if isinstance(found, list) else [found]:
-            good = isinstance(d, dict) and isinstance(d.get("segment"), list) and len(d["segment"]) == 2 and "label" in d
+        if not isinstance(found, list):
+            raise BadInput(f"prediction file {path}, video {video}: it must list predictions, not {found!r}")
+        for d in found:
+            good = isinstance(d, dict) and isinstance(d.get("segment"), list) and len(d["segment"]) == 2 and isinstance(d.get("label"), str)
             if not good or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in [*d["segment"], d.get("score")]):
                 raise BadInput(f"prediction file {path}, video {video}: a prediction needs a label, a score and a segment, not {d!r}")
     return results
+
+
+def evaluate_checkpoint(args):
+    """(metrics, title) of --checkpoint: detect on its test videos with its settings; raises BadInput."""
+    device = torch.device(pick_device(args.device))
+    checkpoint = read_checkpoint(args.checkpoint, device)
+    s = SimpleNamespace(**checkpoint["settings"])
+    try:
+        s.tiou, s.weights = args.tiou or s.tiou, args.weights or s.weights
+        data = load_dataset(s, trained=checkpoint)
+        detector = build_detector(s, data.dim, len(data.classes)).to(device)
+        detector.load_state_dict(checkpoint["ema" if s.weights == "ema" else "detector"])
+    except (AttributeError, RuntimeError) as error:  # a setting or a weight is missing
+        raise BadInput(f"checkpoint {args.checkpoint} is not of this version: {str(error).splitlines()[0]}") from None
+    return evaluate_detector(detector, data, s, device)[0], f"{args.checkpoint} ({s.weights} weights)"
+
+
+def evaluate_predictions(args):
+    """The metrics of --pred against --gt; raises BadInput, also for a label that --gt does not know in any subset."""
+    annotations, predictions = read_annotations(args.gt), read_predictions(args.pred)
+    truth = {n: a for n, a in annotations.items() if args.subset is None or a.subset.lower() == args.subset.lower()}
+    if not any(a.labels for a in truth.values()):
+        raise BadInput(f"ground truth {args.gt} has no instance in the subset {args.subset!r}")
+    known = {label for a in annotations.values() for label in a.labels}
+    for video, found in predictions.items():
+        for d in found:
+            if d["label"] not in known:
+                raise BadInput(f"prediction file {args.pred}, video {video}: the label {d['label']!r} is unknown to {args.gt}")
+    return mean_average_precision(truth, predictions, parse_tious(args.tiou or "0.3:0.7:0.1"))
 
 
 def main(argv=None):
@@ -293,34 +329,24 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--checkpoint", help="a checkpoint of train.py: detect on its test videos and evaluate")
     parser.add_argument("--weights", choices=("ema", "raw"), help="which weights of the checkpoint (default: as it was trained)")
-    parser.add_argument("--device", default="cpu", help="where to detect: cpu, cuda, ...")
+    parser.add_argument("--device", default="auto", help="where to detect: auto, cpu, cuda, ...")
     parser.add_argument("--pred", help="predictions in ActivityNet's result format")
     parser.add_argument("--gt", help="ground truth in ActivityNet's annotation format")
     parser.add_argument("--subset", help="the subset of --gt to evaluate on, in any letter case (default: every video)")
     parser.add_argument("--tiou", help="thresholds, start:end:step (default: the checkpoint's, or 0.3:0.7:0.1)")
     parser.add_argument("--json", help="write the metrics here as well")
     args = parser.parse_args(argv)
-    if bool(args.checkpoint) == bool(args.pred and args.gt):
+    if bool(args.checkpoint) == bool(args.pred) or bool(args.pred) != bool(args.gt):
         parser.error("give either --checkpoint, or --pred and --gt")
     try:
         if args.checkpoint:
-            checkpoint = read_checkpoint(args.checkpoint)
-            s = SimpleNamespace(**checkpoint["settings"])
-            s.tiou, s.weights, device = args.tiou or s.tiou, args.weights or s.weights, torch.device(args.device)
-            data = load_dataset(s, trained=checkpoint)
-            detector = build_detector(s, data.dim, len(data.classes)).to(device)
-            detector.load_state_dict(checkpoint["ema" if s.weights == "ema" else "detector"])
-            metrics, title = evaluate_detector(detector, data, s, device)[0], f"{args.checkpoint} ({s.weights} weights)"
+            metrics, title = evaluate_checkpoint(args)
         else:
-            truth = read_annotations(args.gt)
-            truth = {n: a for n, a in truth.items() if args.subset is None or a.subset.lower() == args.subset.lower()}
-            if not truth:
-                raise BadInput(f"ground truth {args.gt} has no video of the subset {args.subset!r}")
-            metrics, title = mean_average_precision(truth, read_predictions(args.pred), parse_tious(args.tiou or "0.3:0.7:0.1")), args.pred
+            metrics, title = evaluate_predictions(args), args.pred
         print(table(metrics, title))
         if args.json:
             write_json(args.json, metrics)
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

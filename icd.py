@@ -31,16 +31,17 @@ def pool_instances(feats, segments, pool):
 
 
 def bank_of(videos, pool):
-    """The labelled instances as one record: {"feats": (N, D), "labels": (N,), "keys": (N,)}.
+    """The labelled instances as one record: {"feats": (N, D), "labels": (N,), "keys": (N,), "videos": N ids}.
 
-    videos: [{"feats", "segments", "labels"}]; instances of one video with identical boundaries share a key, which Eq. (7)
-    reads (THUMOS14 labels a cliff dive twice, as Diving and as CliffDiving)."""
-    feats, labels, keys, seen = [], [], [], {}
-    for number, video in enumerate(videos):
+    videos: an iterable of {"id", "feats", "segments", "labels"}, one or more; instances of one video with identical boundaries
+    share a key, which Eq. (7) reads (THUMOS14 labels a cliff dive twice, as Diving and as CliffDiving)."""
+    feats, labels, keys, names, seen = [], [], [], [], {}
+    for video in videos:
         feats.append(pool_instances(video["feats"], video["segments"], pool))
         labels.append(video["labels"])
-        keys += [seen.setdefault((number, *segment), len(seen)) for segment in video["segments"].tolist()]
-    return {"feats": torch.cat(feats), "labels": torch.cat(labels), "keys": torch.tensor(keys, dtype=torch.long)}
+        names += [video["id"]] * len(video["labels"])
+        keys += [seen.setdefault((video["id"], *segment), len(seen)) for segment in video["segments"].tolist()]
+    return {"feats": torch.cat(feats), "labels": torch.cat(labels), "keys": torch.tensor(keys, dtype=torch.long), "videos": names}
 
 
 def sample_sets(bank, i, number, generator):
@@ -77,17 +78,18 @@ class Discriminator(nn.Module):
 
 
 def icd_loss(D, bank, batch, number, generator):
-    """Eq. (8): L_icd = E_i [ E_{j in F_i+} BCE(D(f_i, f_j), 1) + E_{j in F_i-} BCE(D(f_i, f_j), 0) ].
+    """Eq. (8): L_icd = E_{i, j in F_i+} BCE(D(f_i, f_j), 1) + E_{i, j in F_i-} BCE(D(f_i, f_j), 0).
 
-    `batch` holds the indices into the bank of the mini-batch's instances. Returns a scalar; 0 where no instance has a pair."""
-    pairs = [(i, *sample_sets(bank, i, number, generator)) for i in batch]
-    i = torch.cat([torch.full((len(pos) + len(neg),), i) for i, pos, neg in pairs]) if pairs else torch.zeros(0, dtype=torch.long)
-    if len(i) == 0:
-        return sum(p.sum() for p in D.parameters()) * 0
-    j = torch.cat([torch.cat([pos, neg]) for _, pos, neg in pairs])
-    target = torch.cat([torch.cat([torch.ones(len(pos)), torch.zeros(len(neg))]) for _, pos, neg in pairs])
-    f = bank["feats"]
-    return F.binary_cross_entropy_with_logits(D(f[i], f[j]), target.to(f.device))
+    `batch` holds the indices into the bank of the mini-batch's instances i; Eq. (7) draws `number` j of either kind for each.
+    Returns a scalar; a kind without a pair counts 0."""
+    sets = [(i, *sample_sets(bank, i, number, generator)) for i in batch]
+    f, L_icd = bank["feats"], sum(p.sum() for p in D.parameters()) * 0
+    for kind, target in ((1, 1.0), (2, 0.0)):
+        i = torch.tensor([pair[0] for pair in sets for _ in pair[kind]], dtype=torch.long)
+        if len(i):
+            logit = D(f[i], f[torch.cat([pair[kind] for pair in sets])])
+            L_icd = L_icd + F.binary_cross_entropy_with_logits(logit, torch.full_like(logit, target))
+    return L_icd
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The detector of APL (Sec. 3): ActionFormer [62] with the tIoU and tND branches, channels-last.
 
-Input   feats (B, T, D), mask (B, T), T a multiple of 2^(levels-1); True = valid in every mask of the project.
+Input   feats (B, T, D), mask (B, T), any T >= 1; True = valid in every mask of the project.
 Output  raw predictions at P points over all pyramid levels; targets, losses and decoding are functions of them.
 Holds   Eq. (2), the predicted tIoU and tND; the geometry of segments; target assignment; decoding; Soft-NMS.
 
@@ -209,15 +209,15 @@ class QualityBranches(nn.Module):
 
     h (B, T, C) is the last hidden layer of the regression head (the branches share all but the final convolution);
     returns two (B, T) in [0, 1]. One branch (Tab. 3(b)) learns tIoU or DIoU alone and leaves P_tnd = 0; no branch leaves
-    P_tiou = 1 and P_tnd = 0, with which the joint score is the class score. The tND bias starts at -2 (not given in the
-    paper): from equal biases P_tiou - P_tnd would start at 0, where it is clamped and passes no gradient."""
+    P_tiou = 1 and P_tnd = 0, with which the joint score is the class score. tnd_bias, -2, starts the tND branch (not given in
+    the paper): from equal biases P_tiou - P_tnd would start at 0, where it is clamped and passes no gradient."""
 
-    def __init__(self, dim, branches):
+    def __init__(self, dim, branches, tnd_bias):
         super().__init__()
         self.tiou = Conv(dim, 1) if branches != "none" else None
         self.tnd = Conv(dim, 1) if branches == "tiou+tnd" else None
         if self.tnd is not None:
-            nn.init.constant_(self.tnd.bias, -2.0)
+            nn.init.constant_(self.tnd.bias, tnd_bias)
 
     def forward(self, h, mask):
         P_tiou, P_tnd = torch.ones(mask.shape, device=h.device), torch.zeros(mask.shape, device=h.device)
@@ -253,14 +253,14 @@ class Detector(nn.Module):
     """ActionFormer with quality branches. `windows` and `ranges` give one entry a level (window 0: the whole sequence)."""
 
     def __init__(self, dim_in, num_classes, channels=512, heads=4, windows=(19,) * 6, stem=2, drop_path=0.1,
-                 ranges=((0, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, math.inf)), branches="tiou+tnd", position=False):
+                 ranges=((0, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, math.inf)), branches="tiou+tnd", tnd_bias=-2.0, position=False):
         super().__init__()
         if len(windows) != len(ranges):
             raise ValueError(f"{len(windows)} windows for {len(ranges)} regression ranges: each level needs one of both")
         self.backbone = Backbone(dim_in, channels, heads, windows, stem, drop_path, position)
         self.cls_trunk, self.reg_trunk = Trunk(channels), Trunk(channels)
         self.cls_out, self.reg_out = Conv(channels, num_classes), Conv(channels, 2)
-        self.quality = QualityBranches(channels, branches)
+        self.quality = QualityBranches(channels, branches, tnd_bias)
         self.scales = nn.Parameter(torch.ones(len(windows)))
         self.register_buffer("ranges", torch.tensor(ranges, dtype=torch.float32), persistent=False)
         nn.init.constant_(self.cls_out.bias, -math.log(99))  # every class starts at a probability of 0.01

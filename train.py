@@ -37,9 +37,12 @@ AFTER = ("none", "labelled", "labelled+unlabelled")  # the rows of Tab. S4
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
 
-def of(default, comment, choices=None):
-    """A setting: its default, its comment (also the command line's help) and, of a switch, the values it may take."""
-    return field(default=default, metadata={"comment": comment, "choices": choices})
+RANGES = {"positive": (1e-12, 1e12), "not negative": (0, 1e12), "a share": (0, 1), "finite": (-1e12, 1e12)}
+
+
+def of(default, comment, allowed="not negative"):
+    """A setting: its default, its comment (also the command line's help), and what it may be: one of RANGES, or a tuple of names."""
+    return field(default=default, metadata={"comment": comment, "allowed": allowed})
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Settings:
     prefix: str = of("", "what stands before a video's id in its feature file's name")
     extension: str = of(".npy", "what stands after it")
     feature_key: str = of("feats", "name of the array in .npz files")
-    stride: float = of(1.0, "frames between two features")
+    stride: float = of(1.0, "frames between two features", "positive")
     frames: float = of(1.0, "frames that a feature sees")
     fps: float = of(0.0, "frames a second; 0: from the annotation")
     train_subset: str = of("training", "subset of the training videos, in any letter case")
@@ -61,74 +64,80 @@ class Settings:
     bad_segments: str = of("error", "what a segment that is empty or outside its video does", ("error", "skip"))
     resize: int = of(0, "resize every video to this number of steps; 0: keep its length")
     standardize: bool = of(True, "standardise the input over all training videos [J]")
-    ratio: float = of(0.1, "share of labelled training videos [S: 0.1, 0.2, 0.4, 0.6]")
+    ratio: float = of(0.1, "share of labelled training videos [S: 0.1, 0.2, 0.4, 0.6]", "a share")
     split: str = of("uniform", "uniform, stratified, or a file of labelled ids")
     seed: int = of(0, "seed of everything: split, weights, batches, toy data")
-    max_steps: int = of(2304, "longest crop in training, in steps [A]")
-    crop_min: float = of(0.9, "shortest crop, as a share of the video [A]")
+    max_steps: int = of(2304, "longest crop in training, in steps [A]", "positive")
+    crop_min: float = of(0.9, "shortest crop, as a share of the video [A]", "a share")
+    crop_keep: float = of(0.5, "share of a segment that a crop must hold to keep it [A]", "a share")
+    crop_tries: int = of(10, "windows tried for one that holds an action of a labelled video [J]", "positive")
     # detector
-    channels: int = of(512, "width C [A]")
-    heads: int = of(4, "attention heads H [A]")
+    channels: int = of(512, "width C [A]", "positive")
+    heads: int = of(4, "attention heads H [A]", "positive")
     windows: str = of("19", "attention window of all levels, or one a level with commas; 0: the whole sequence [A]")
     ranges: str = of("0:4,4:8,8:16,16:32,32:64,64:inf", "offsets that each level regresses, in grid steps [A]")
     stem: int = of(2, "transformer blocks at full length [A]")
-    drop_path: float = of(0.1, "stochastic depth [A]")
+    drop_path: float = of(0.1, "stochastic depth [A]", "a share")
     position: bool = of(False, "add the absolute position [A: ActivityNet]")
-    radius: float = of(1.5, "centre sampling, in strides [A]")
+    radius: float = of(1.5, "centre sampling, in strides [A]", "positive")
     # ALQA
     alqa: str = of("tiou+tnd", "quality branches [S]; none: plain ActionFormer", BRANCHES)
+    tnd_bias: float = of(-2.0, "start of the tND branch's bias, which parts it from the tIoU branch [J]", "finite")
     quality_form: str = of("bce", "loss of Eq. (3) [S]", ("bce", "kl"))
     eps: float = of(1e-6, "least reliability P_tiou - P_tnd in Eq. (4) and (5) [J]")
     beta: float = of(2.0, "focusing exponent of Eq. (5) [J]")
-    theta_l: float = of(0.15, "joint scores below are dropped, Eq. (6) [S]")
+    focal_alpha: float = of(0.25, "focal loss without quality branches [A]")
+    focal_gamma: float = of(2.0, "focal loss without quality branches [A]")
+    theta_l: float = of(0.15, "joint scores below are dropped, Eq. (6) [S]", "a share")
     threshold: str = of("mean+std", "theta_h of Eq. (6) [J]; fixed: the paper's baseline", THRESHOLDS)
-    theta_fixed: float = of(0.3, "theta_h of the fixed threshold [S]")
-    repeat: float = of(0.5, "tIoU with a better pseudo label of the class, over which one is a repeat and removed; 1: none [J]")
+    theta_fixed: float = of(0.3, "theta_h of the fixed threshold [S]", "a share")
+    repeat: float = of(0.5, "tIoU with a better pseudo label of the class, over which one is a repeat and removed; 1: none [J]", "a share")
     scope: str = of("video", "what theta_h's statistics are over [J]", SCOPES)
     # ICD
     icd: str = of("eap+mpp", "drop ambiguous positives (eap), mine potential ones (mpp) [S]", REFINEMENTS)
-    theta_drop: float = of(0.3, "positives of a smaller similarity are dropped [S]")
-    theta_mine: float = of(0.7, "candidates of a larger similarity are mined [S]")
-    icd_pairs: int = of(10, "instances of the same class and of others, Eq. (7) [S]")
+    theta_drop: float = of(0.3, "positives of a smaller similarity are dropped [S]", "a share")
+    theta_mine: float = of(0.7, "candidates of a larger similarity are mined [S]", "a share")
+    icd_pairs: int = of(10, "instances of the same class and of others, Eq. (7) [S]", "positive")
     icd_pool: str = of("max", "pooling over time [S: max]", ("max", "mean"))
-    icd_hidden: int = of(128, "hidden width of Eq. (9) [S, by Tab. S6]")
-    icd_dropout: float = of(0.5, "dropout of Eq. (9) [J]")
-    icd_lr: float = of(1e-3, "learning rate of ICD's Adam [J]")
+    icd_hidden: int = of(128, "hidden width of Eq. (9) [S, by Tab. S6]", "positive")
+    icd_dropout: float = of(0.5, "dropout of Eq. (9) [J]", "a share")
+    icd_lr: float = of(1e-3, "learning rate of ICD's Adam [J]", "positive")
     icd_steps: int = of(0, "steps that ICD trains, from the start of stage 2; 0: all of them [J]")
     # ACP
     acp: str = of("coarse+fine", "contrasts of Eq. (11) [S]; none leaves stage 1 out", ACP)
     acp_after: str = of("labelled+unlabelled", "where L_acp goes on after pre-training (Tab. S4) [S]", AFTER)
-    acp_steps: int = of(40, "steps m drawn from a video [J]")
-    acp_clusters: int = of(4, "clusters of the fine contrast in a batch [S: 4 THUMOS14, 2 ActivityNet]")
-    acp_tau: float = of(0.1, "temperature tau [J]")
+    acp_steps: int = of(40, "steps m drawn from a video [J]", "positive")
+    acp_clusters: int = of(4, "clusters of the fine contrast in a batch [S: 4 THUMOS14, 2 ActivityNet]", "positive")
+    acp_restarts: int = of(10, "restarts of K-means [J]", "positive")
+    acp_tau: float = of(0.1, "temperature tau [J]", "positive")
     # loss, Eq. (12)
     lambda_u: float = of(2.0, "weight of L_unsup [S]")
     lambda_reg: float = of(1.0, "weight of L_diou [S: 1 THUMOS14, 2 ActivityNet, as [62]]")
     lambda_quality: float = of(0.1, "weight of L_quality [S]")
     lambda_acp: float = of(0.1, "weight of L_acp [S]")
-    t_plus: float = of(100.0, "start of the running mean T+ [A]")
-    t_plus_momentum: float = of(0.9, "momentum of T+ [A]")
+    t_plus: float = of(100.0, "start of the running mean T+ [A]", "positive")
+    t_plus_momentum: float = of(0.9, "momentum of T+ [A]", "a share")
     rejected: str = of("masked", "detected and rejected instances in stage 3 [J]", ("masked", "background"))
     # training
-    batch: int = of(2, "videos a step; in stage 3 as many labelled and as many unlabelled [S]")
-    lr: float = of(1e-4, "learning rate of AdamW, cosine decay [S]")
+    batch: int = of(2, "videos a step; in stage 3 as many labelled and as many unlabelled [S]", "positive")
+    lr: float = of(1e-4, "learning rate of AdamW, cosine decay [S]", "positive")
     weight_decay: float = of(1e-4, "[S]")
-    warmup: float = of(0.14, "linear warm-up, as a share of a stage: 5 of 35 epochs [J]")
-    clip: float = of(1.0, "gradient norm [J]")
+    warmup: float = of(0.14, "linear warm-up, as a share of a stage: 5 of 35 epochs [J]", "a share")
+    clip: float = of(1.0, "gradient norm [J]", "positive")
     pretrain_epochs: int = of(15, "stage 1 [S]")
-    supervised_epochs: int = of(35, "stage 2, warm-up included [J]")
+    supervised_epochs: int = of(35, "stage 2, warm-up included [J]", "positive")
     supervised_steps: int = of(1500, "stage 2 has at least as many steps [J]")
     joint_epochs: int = of(40, "stage 3 [S: 40 THUMOS14, 15 ActivityNet]")
     refresh: int = of(0, "epochs after which pseudo labels are made anew; 0: once, after stage 2 [J]")
     pseudo_weights: str = of("raw", "weights that make the pseudo labels [J]", ("raw", "ema"))
-    ema: float = of(0.999, "decay of the averaged weights, at most (1 + t) / (10 + t) [J]")
+    ema: float = of(0.999, "decay of the averaged weights, at most (1 + t) / (10 + t) [J]", "a share")
     # detection
-    pre_nms: int = of(2000, "(point, class) pairs before Soft-NMS [A]")
+    pre_nms: int = of(2000, "(point, class) pairs before Soft-NMS [A]", "positive")
     min_score: float = of(0.001, "least joint score, before and in Soft-NMS [A]")
     min_length: float = of(0.05, "least length of a segment, in steps [A]")
-    nms_sigma: float = of(0.5, "sigma of Soft-NMS [A]")
+    nms_sigma: float = of(0.5, "sigma of Soft-NMS [A]", "positive")
     nms_agnostic: bool = of(False, "Soft-NMS over all classes at once [A: ActivityNet]")
-    max_detections: int = of(200, "detections kept a video [A]")
+    max_detections: int = of(200, "detections kept a video [A]", "positive")
     tiou: str = of("0.3:0.7:0.1", "thresholds of mAP [S]")
     weights: str = of("ema", "weights that are reported first [J]", ("ema", "raw"))
     # run
@@ -139,18 +148,15 @@ class Settings:
     audit: bool = of(False, "report the pseudo labels' quality; reads hidden labels for this only")
     precision: str = of("auto", "auto: bfloat16 where the hardware multiplies it fast", ("auto", "float32", "bfloat16"))
     device: str = of("auto", "auto, cpu, cuda, ...")
-    log_every: int = of(20, "steps between two log lines")
+    log_every: int = of(20, "steps between two log lines", "positive")
 
     def __post_init__(self):
         for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
-            if choices and value not in choices:
-                raise BadInput(f"setting {f.name} must be one of {', '.join(choices)}, not {value!r}")
-            if isinstance(value, (int, float)) and value < 0:
-                raise BadInput(f"setting {f.name} must not be negative, but is {value}")
-        for name in ("batch", "channels", "heads", "stride", "supervised_epochs", "log_every", "acp_steps", "acp_tau", "nms_sigma", "lr"):
-            if not getattr(self, name) > 0:
-                raise BadInput(f"setting {name} must be positive, but is {getattr(self, name)}")
+            value, allowed = getattr(self, f.name), f.metadata["allowed"]
+            if isinstance(allowed, tuple) and value not in allowed:
+                raise BadInput(f"setting {f.name} must be one of {', '.join(allowed)}, not {value!r}")
+            if f.type in (int, float) and not RANGES[allowed][0] <= value <= RANGES[allowed][1]:
+                raise BadInput(f"setting {f.name} must be {allowed}, but is {value}")
         evaluate.parse_tious(self.tiou)
 
 
@@ -160,11 +166,11 @@ EPIC = PUBLISHED | {
     "root": "data/epic_kitchens", "extension": ".npz", "stride": 16.0, "frames": 32.0, "fps": 30.0, "windows": "9",
     "ranges": "0:4,2:8,4:16,8:32,16:64,32:inf", "t_plus": 250.0, "nms_sigma": 0.4, "pre_nms": 5000, "max_detections": 2000,
     "tiou": "0.1:0.5:0.1"}
-SMALL = {"channels": 128, "windows": "9", "lr": 1e-3, "supervised_steps": 400, "joint_epochs": 20, "icd_pool": "mean",
+SMALL = {"channels": 128, "windows": "9", "lr": 1e-3, "supervised_steps": 400, "joint_epochs": 10, "icd_pool": "mean", "threshold": "mean",
          "acp_after": "none", "precision": "float32"}  # narrow layers: bfloat16 saves nothing
 OWN = SMALL  # a user's own data
 PRESETS = {
-    "toy": SMALL | {"channels": 64},
+    "toy": SMALL | {"channels": 64, "joint_epochs": 20},
     "thumos": PUBLISHED | {"root": "data/thumos", "stride": 4.0, "frames": 16.0, "train_subset": "validation", "test_subset": "test"},
     "activitynet": PUBLISHED | {
         "root": "data/anet_1.3", "prefix": "v_", "stride": 16.0, "frames": 16.0, "fps": 25.0, "resize": 192, "channels": 256,
@@ -205,14 +211,14 @@ def contrast(run, batch, outputs, instances):
     """L_acp of a batch, with the labels of `instances`, or K-means clusters where that is None."""
     s = run.s
     return acp.acp_loss(outputs.levels, outputs.masks, batch["feats"].to(run.device), instances, len(run.data.classes), s.acp,
-                        s.acp_steps, s.acp_clusters, s.acp_tau, run.generator)
+                        s.acp_steps, s.acp_clusters, s.acp_tau, run.generator, s.acp_restarts)
 
 
 def batch_losses(run, batch, instances, branch):
     """The terms of L_x of a batch. branch 0 is labelled, 1 unlabelled, each with its own running mean T+.
 
     instances: B records {"segments", "labels", "rejected"}, ground truth or pseudo labels; the points inside a rejected segment
-    are neither action nor background, unless they are positive for another."""
+    are neither action nor background, unless they are positive for another. Returns what objective() takes, and "positives"."""
     s, outputs, K = run.s, forward(run, batch), len(run.data.classes)
     instances = [{key: r[key].to(run.device) for key in ("segments", "labels", "rejected")} for r in instances]
     segments, labels, rejected = ([r[key] for r in instances] for key in ("segments", "labels", "rejected"))
@@ -222,7 +228,8 @@ def batch_losses(run, batch, instances, branch):
     use = outputs.mask & (positive | ~unsure)
     if branch == 1:  # a video without a pseudo label leaves L_unsup
         use = use & torch.tensor([len(l) > 0 for l in labels], device=run.device)[:, None]
-    losses = alqa.detection_losses(outputs, cls_target, offset_target, use, s.alqa, s.quality_form, s.eps, s.beta)
+    losses = alqa.detection_losses(outputs, cls_target, offset_target, use, s.alqa, s.quality_form, s.eps, s.beta, s.focal_alpha,
+                                   s.focal_gamma)
     positives = losses["positives"].float().clamp(min=1)
     run.t_plus[branch] = s.t_plus_momentum * run.t_plus[branch] + (1 - s.t_plus_momentum) * positives
     L_acp = outputs.cls_logits.sum() * 0
@@ -266,7 +273,7 @@ def advance(run, loss, parts):
 # ---- The run: begin, save, resume -----------------------------------------------------------------------------------
 
 MODULES = ("detector", "ema", "icd", "icd_optimizer", "optimizer")
-NUMBERS = ("stage", "step", "ema_step", "t_plus", "pseudo")
+NUMBERS = ("stage", "step", "ema_step", "t_plus", "pseudo", "theta_h")
 
 
 def make_optimizer(detector, s):
@@ -283,12 +290,12 @@ def begin(s, data):
     torch.manual_seed(s.seed)
     detector = evaluate.build_detector(s, data.dim, len(data.classes)).to(device)
     discriminator = icd.Discriminator(data.dim, s.icd_hidden, s.icd_dropout).to(device)
-    bank = icd.bank_of([load_item(v, data) for v in data.labelled], s.icd_pool)
-    bank |= {"feats": bank["feats"].to(device), "videos": [v.id for v in data.labelled for _ in v.labels]}
+    bank = icd.bank_of((load_item(v, data, s) for v in data.labelled), s.icd_pool)
+    bank["feats"] = bank["feats"].to(device)
     return SimpleNamespace(
         s=s, data=data, device=device, out=Path(s.out), detector=detector, ema=copy.deepcopy(detector).requires_grad_(False),
         icd=discriminator, icd_optimizer=torch.optim.Adam(discriminator.parameters(), lr=s.icd_lr), bank=bank, optimizer=None,
-        pseudo=None, t_plus=torch.full((2,), s.t_plus, device=device), stage=STAGES[0] if s.acp != "none" else STAGES[1],
+        pseudo=None, theta_h=None, t_plus=torch.full((2,), s.t_plus, device=device), stage=STAGES[0] if s.acp != "none" else STAGES[1],
         epoch=0, step=0, ema_step=0, total=0, generator=None, clock=None)
 
 
@@ -320,9 +327,9 @@ def restore(run, path, free):
 
 
 def clear(run, resumed):
-    """Remove what an earlier run left in --out; of a resumed run only the log's rows after its checkpoint."""
+    """Remove the results that an earlier run left in --out; a resumed run keeps the log's rows up to its checkpoint."""
     rows = (run.out / "log.jsonl").read_text(encoding="utf-8").splitlines() if (run.out / "log.jsonl").exists() else []
-    for name in ("log.jsonl", "metrics.json", "predictions.json", "pseudo_labels.json", *([] if resumed else ["checkpoint.pt"])):
+    for name in ("log.jsonl", "metrics.json", "predictions.json", "pseudo_labels.json"):
         (run.out / name).unlink(missing_ok=True)
     if resumed:
         at = lambda row: (STAGES.index(row["stage"]), row["epoch"])
@@ -371,7 +378,7 @@ def pseudo_truth(run, batch):
     instances = []
     for video, start, mask in zip(batch["videos"], batch["starts"], batch["mask"]):
         r = run.pseudo[video.id]
-        segments, inside = crop_segments(r["segments"], start, int(mask.sum()))
+        segments, inside = crop_segments(r["segments"], start, int(mask.sum()), run.s.crop_keep)
         teach, left_out = teaches(r) & inside, ~teaches(r) & (run.s.rejected == "masked")
         instances.append({"segments": segments[teach], "labels": r["labels"][teach], "rejected": r["segments"][left_out] - start})
     return instances
@@ -390,7 +397,7 @@ def train_icd(run, batch):
 
 @torch.no_grad()
 def make_pseudo_labels(run):
-    """Pseudo labels of the unlabelled videos: {id: record of detect(), with "similarity" and "status"}, and the method's pulse.
+    """Pseudo labels of the unlabelled videos: {id: record of detect() with "similarity" and "status"}.
 
     1) Detect, 2) ALQA selects positives and candidates, 3) ICD scores each, drops ambiguous positives, mines potential ones."""
     s, videos = run.s, run.data.unlabelled
@@ -399,14 +406,23 @@ def make_pseudo_labels(run):
     records = [alqa.without_repeats(r, s.repeat) for r in records]
     records, theta_h = alqa.select(records, s.theta_l, s.threshold, s.theta_fixed, s.scope)
     for video, r in zip(videos, records):
-        feats = load_item(video, run.data)["feats"].to(run.device)
+        feats = load_item(video, run.data, s)["feats"].to(run.device)
         icd.refine_pseudo_labels(r, run.icd, run.bank, feats, s.icd_pool, s.theta_drop, s.theta_mine, s.icd)
+    run.theta_h = float(np.mean(theta_h or [1.0]))
+    return {v.id: r for v, r in zip(videos, records)}
+
+
+def pulse(run):
+    """The method's pulse: how many pseudo labels of each kind there are, and with --audit how good those are that teach."""
+    records = [run.pseudo[v.id] for v in run.data.unlabelled]
     count = torch.cat([r["status"] for r in records]).bincount(minlength=len(icd.STATUS)).tolist()
     teaching = [{key: value[teaches(r)] for key, value in r.items()} for r in records]
-    quality = evaluate.pseudo_label_quality(teaching, [run.data.hidden[v.id] for v in videos]) if s.audit else {}
-    log(run, positives=count[icd.KEPT] + count[icd.DROPPED], candidates=count[icd.MINED] + count[icd.CANDIDATE], dropped=count[icd.DROPPED],
-        mined=count[icd.MINED], theta_h=float(np.mean(theta_h or [1.0])), silent=sum(len(r["labels"]) == 0 for r in teaching), **quality)
-    return {v.id: r for v, r in zip(videos, records)}
+    quality = {}
+    if run.s.audit:
+        quality = evaluate.pseudo_label_quality(teaching, [run.data.hidden[v.id] for v in run.data.unlabelled])
+    log(run, positives=count[icd.KEPT] + count[icd.DROPPED], candidates=count[icd.MINED] + count[icd.CANDIDATE],
+        dropped=count[icd.DROPPED], mined=count[icd.MINED], theta_h=run.theta_h, silent=sum(len(r["labels"]) == 0 for r in teaching),
+        **quality)
 
 
 # ---- The three stages -----------------------------------------------------------------------------------------------
@@ -439,6 +455,7 @@ def joint(run):
         if run.pseudo is None or (s.refresh and run.epoch and run.epoch % s.refresh == 0):
             run.pseudo = make_pseudo_labels(run)
             run.detector.train()
+        pulse(run)
         taught = [unlabelled[n] for n, r in run.pseudo.items() if teaches(r).any()]
         labelled_batches = training_batches(run.data.labelled, run.data, s, steps, rng)
         unlabelled_batches = training_batches(taught, run.data, s, steps, rng) if taught else [None] * steps
@@ -472,11 +489,20 @@ def fast_bfloat16(device):
     return device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence."""
+
+    def error(self, message):
+        """Raises BadInput."""
+        raise BadInput(f"{message}; --help lists every setting")
+
+
 def parse_settings(argv):
     """The Settings of a command line: the defaults, changed by the dataset's preset, changed by the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    epilog="The defaults are those of the paper; --dataset changes some (PRESETS in train.py).")
     for f in fields(Settings):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         parser.add_argument("--" + f.name.replace("_", "-"), help=f"{f.metadata['comment']} (default {f.default})", **kind)
     given = vars(parser.parse_args(argv))
     dataset = given.get("dataset", "toy")
@@ -486,41 +512,45 @@ def parse_settings(argv):
     for name in ("dataset", "root", "annotations", "features", "split"):  # so that the checkpoint finds them from anywhere
         if given.get(name) and given[name] not in (*PRESETS, "uniform", "stratified"):
             given[name] = str(Path(given[name]).resolve())
-    device = given.get("device", "auto")
-    given["device"] = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    given["device"] = evaluate.pick_device(given.get("device", "auto"))
     if given.get("precision", "auto") == "auto":
         given["precision"] = "bfloat16" if fast_bfloat16(torch.device(given["device"])) else "float32"
     return Settings(**given)
 
 
-def main(argv=None):
-    """The command line; returns the exit code, 2 for bad input."""
-    try:
-        s = parse_settings(argv)
-        data = load_dataset(s)
-        if s.stage == "all" and not data.unlabelled:
-            raise BadInput(f"--ratio {s.ratio} leaves no unlabelled video for stage 3; --stage supervised needs none")
-        run = begin(s, data)
-        resumed = s.resume and (run.out / "checkpoint.pt").exists()
-        if resumed:
-            restore(run, run.out / "checkpoint.pt", RUN)
-        elif s.start:
-            restore(run, s.start, RUN | JOINT)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def launch(s):
+    """The run that the settings ask for, new, resumed or begun at stage 3, with its folder made; raises BadInput."""
+    data = load_dataset(s)
+    if s.stage == "all" and not data.unlabelled:
+        raise BadInput(f"--ratio {s.ratio} leaves no unlabelled video for stage 3; --stage supervised needs none")
+    run = begin(s, data)
+    resumed = s.resume and (run.out / "checkpoint.pt").exists()
+    if resumed:
+        restore(run, run.out / "checkpoint.pt", RUN)
+    elif s.start:
+        restore(run, s.start, RUN | JOINT)
     run.out.mkdir(parents=True, exist_ok=True)
     clear(run, resumed)
     evaluate.write_json(run.out / "config.json", asdict(s), indent=1)
     evaluate.write_json(run.out / "split.json", {"labelled": [v.id for v in data.labelled], "unlabelled": [v.id for v in data.unlabelled],
-                                        "missing_classes": data.missing}, indent=1)
+                                                 "missing_classes": data.missing}, indent=1)
     print(f"{len(data.labelled)} labelled, {len(data.unlabelled)} unlabelled, {len(data.test)} test videos; {len(data.classes)} classes, "
           f"{len(data.missing)} without a labelled instance: {', '.join(data.missing) or '-'}; {s.device}, {s.precision}")
-    pretrain(run)
-    supervised(run)
-    if s.stage == "all":
-        joint(run)
-    report(run)
+    return run
+
+
+def main(argv=None):
+    """The command line; returns the exit code, 2 for bad input."""
+    try:
+        run = launch(parse_settings(argv))
+        pretrain(run)
+        supervised(run)
+        if run.s.stage == "all":
+            joint(run)
+        report(run)
+    except (BadInput, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
