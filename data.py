@@ -49,6 +49,10 @@ class Grid:
         """Grid steps -> seconds, the inverse of to_grid."""
         return (g * self.stride + self.frames / 2) / self.fps
 
+    def span(self, steps):
+        """Seconds from the start of the first feature to the end of the last of `steps`."""
+        return ((steps - 1) * self.stride + self.frames) / self.fps
+
 
 # ---- Annotations ----------------------------------------------------------------------------------------------------
 
@@ -232,7 +236,7 @@ def blind(video):
 def read_features(source, key, name):
     """Features (T, D) of a .npy file, of the array `key` of a .npz file (memory-mapped where possible) or of an array.
 
-    Raises BadInput if the file is missing, truncated, pickled, of another shape, empty, or holds NaN or infinity."""
+    Raises BadInput if the file is missing, truncated, pickled, of another shape or empty."""
     if isinstance(source, np.ndarray):
         return source
     try:
@@ -253,7 +257,8 @@ def read_features(source, key, name):
 
 def open_video(name, a, source, s, index, path, labelled):
     """The Video of an annotation, or LabelledVideo: reads its features once to check them. Returns it with the sums
-    (steps, sum, sum of squares) over its features for standardisation."""
+    (steps, sum, sum of squares) over its features for standardisation. Raises BadInput for NaN or infinity, a segment that is
+    empty or outside, and a missing fps."""
     feats = np.asarray(read_features(source, s.feature_key, name), dtype=np.float64)
     if not np.isfinite(feats).all():
         step = int(np.argwhere(~np.isfinite(feats))[0, 0])
@@ -262,11 +267,8 @@ def open_video(name, a, source, s, index, path, labelled):
     if not fps:
         raise BadInput(f"annotation file {path}, video {name}: it has no fps; give --fps")
     steps, grid = len(feats), Grid(fps, s.stride, s.frames)
-    span = ((steps - 1) * s.stride + s.frames) / fps
+    span = grid.span(steps)
     duration = a.duration or span
-    if not 0.5 < span / duration < 2:
-        print(f"warning: the features of {name} span {span:.1f} s, its annotation {duration:.1f} s; are --stride {s.stride}, "
-              f"--frames {s.frames} and the fps {fps} right?", file=sys.stderr)
     if s.resize:  # the whole video on a fixed number of steps, as ActionFormer does for ActivityNet
         stride = ((steps - 1) * s.stride + s.frames) / s.resize
         steps, grid = s.resize, Grid(fps, stride, stride)
@@ -355,6 +357,11 @@ def load_dataset(s, trained=None):
         if len(sizes[1]) != width:
             raise BadInput(f"video {name}: feature file {source[name]} is {len(sizes[1])} wide, the others {width}")
         sums.append((name, sizes))
+    off = [v for v in opened.values() if not 0.5 < v.grid.span(v.steps) / v.duration < 2]
+    if off:
+        print(f"warning: the features of {len(off)} videos span another time than their annotations, those of {off[0].id} "
+              f"{off[0].grid.span(off[0].steps):.1f} s of {off[0].duration:.1f} s; are --stride, --frames and --fps right?",
+              file=sys.stderr)
     if trained:
         mean, std = trained["mean"], trained["std"]
         if len(mean) != width:

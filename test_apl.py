@@ -596,6 +596,7 @@ def test_seconds_and_grid_are_inverse_and_right():
     grid = data.Grid(fps=30.0, stride=4.0, frames=16.0)
     assert grid.to_grid(0.0) == -2.0  # feature 0 sees frames 0-15: its centre is 8 frames in
     assert grid.to_seconds(0.0) == pytest.approx(8 / 30)
+    assert grid.span(3) == pytest.approx((8 + 16) / 30)
     t = torch.rand(50) * 100
     assert torch.allclose(grid.to_seconds(grid.to_grid(t)), t, atol=1e-4)
 
@@ -639,6 +640,14 @@ def test_resizing_keeps_the_seconds(own):
     assert video.grid.to_seconds(47.5) == pytest.approx(32.5)  # the last half step ends where the last feature does
     same_length = data.load_dataset(settings(*own_argv(own, "--resize", 64))).labelled[0]
     assert len(data.load_item(same_length, d, s, np.random.default_rng(0))["feats"]) == 64  # never cropped
+
+
+def test_a_grid_that_does_not_fit_the_annotations_is_pointed_out(own, capsys):
+    data.load_dataset(settings(*own_argv(own)))
+    assert capsys.readouterr().err == ""
+    data.load_dataset(settings(*own_argv(own, "--stride", 1, "--frames", 1, "--bad-segments", "skip")))
+    text = capsys.readouterr().err
+    assert "14 videos" in text and "--stride" in text and text.count("\n") == 1
 
 
 def test_npz_features(own):
