@@ -381,6 +381,7 @@ def test_selection_scopes_and_thresholds():
     assert pick("mean", 0.3, "dataset") == [[True, True], [False, False]]
     assert pick("mean", 0.3, "class") == [[True, True], [False, False]]
     assert pick("mean+std", 0.3, "class") == [[True, True], [False, False]]
+    assert pick("mean-std", 0.3, "video") == [[True, True], [True, True]]
     assert pick("fixed", 0.3, "video") == [[True, True], [True, False]]
     assert alqa.select([], 0.15, "mean", 0.3, "dataset") == ([], [])
 
@@ -1231,6 +1232,11 @@ def test_bad_checkpoints(own, capsys):
     checkpoint, whole = own / "run/checkpoint.pt", (own / "run/checkpoint.pt").read_bytes()
     refused(own_argv(own, "--resume", "--channels", 32), capsys, "another configuration", "channels", "16", "32")
     refused(own_argv(own, "--start", own / "none.pt"), capsys, "none.pt")
+    content = torch.load(checkpoint, weights_only=True)
+    for part, key in ((content, "theta_h"), (content["settings"], "acp_tau")):
+        part.pop(key)
+        torch.save(content, own / "old.pt")
+        refused(own_argv(own, "--start", own / "old.pt"), capsys, "old.pt", "not of this version")
     np.save(own / "features/v12.npy", np.zeros((64, 5), dtype=np.float32))
     edit(own, lambda database: database["v12"]["annotations"][0].update(label="new"))
     refused(["evaluate", "--checkpoint", str(checkpoint)], capsys, "v12", "'new'", "unknown")

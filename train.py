@@ -309,11 +309,12 @@ def save(run, epoch):
 
 def restore(run, path, free):
     """Load a checkpoint into a run whose settings differ in `free` at most; raises BadInput for another configuration."""
-    content = evaluate.read_checkpoint(path, run.device)
-    mine = asdict(run.s)
-    other = [k for k in mine if k not in free and mine[k] != content["settings"].get(k)]
+    content, mine = evaluate.read_checkpoint(path, run.device), asdict(run.s)
+    if not {*MODULES, *NUMBERS} <= set(content) or set(mine) != set(content["settings"]):
+        raise BadInput(f"checkpoint {path} is not of this version: it lacks or adds settings or parts")
+    other = [k for k in mine if k not in free and mine[k] != content["settings"][k]]
     if other:
-        raise BadInput(f"checkpoint {path} is of another configuration: its {other[0]} is {content['settings'].get(other[0])!r}, "
+        raise BadInput(f"checkpoint {path} is of another configuration: its {other[0]} is {content['settings'][other[0]]!r}, "
                        f"not {mine[other[0]]!r}")
     if content["labelled"] != [v.id for v in run.data.labelled] or content["classes"] != run.data.classes:
         raise BadInput(f"checkpoint {path} is of other data: its labelled videos or classes are not those of {run.s.dataset}")
