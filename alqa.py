@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from model import tiou, tnd
 
-THRESHOLDS = ("mean+std", "mean", "mean-std", "fixed")  # theta_h of Eq. (6); fixed is the paper's baseline
+THRESHOLDS = ("mean+std", "mean", "fixed")  # theta_h of Eq. (6); fixed is the paper's baseline
 SCOPES = ("video", "dataset", "class")      # what the mean and std of theta_h are taken over
 
 
@@ -126,14 +126,14 @@ def select(detections, theta_l, threshold, theta_fixed, scope):
     theta_l drops, with "positive" (N,) bool added, and the list of theta_h (one a video; one a class if `scope` is "class").
     The form of the sum, the population std and >= are not given in the paper: with two instances the unbiased std never
     selects one. `scope` says what the statistics are over: each video, the dataset, each class of it. `threshold` "mean"
-    leaves the std out, "mean-std" takes it away, "fixed" sets theta_h = theta_fixed: the fixed case of Fig. 3(c), and without
+    leaves the std out, "fixed" sets theta_h = theta_fixed: the fixed case of Fig. 3(c), and without
     quality branches, where the joint score is the class score, the baseline of Tab. 3(a)."""
     records = [{key: value[d["scores"] > theta_l] for key, value in d.items()} for d in detections]
 
     def theta(s):
         if threshold == "fixed" or len(s) == 0:
             return theta_fixed if threshold == "fixed" else 1.0
-        return float(s.double().mean() + {"mean+std": 1, "mean": 0, "mean-std": -1}[threshold] * s.double().std(correction=0))
+        return float(s.double().mean() + (s.double().std(correction=0) if threshold == "mean+std" else 0))
 
     scores, labels = (torch.cat([r[key] for r in records]) if records else torch.zeros(0) for key in ("scores", "labels"))
     theta_h = {"video": lambda: [theta(r["scores"]) for r in records], "dataset": lambda: [theta(scores)] * len(records),

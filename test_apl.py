@@ -381,7 +381,6 @@ def test_selection_scopes_and_thresholds():
     assert pick("mean", 0.3, "dataset") == [[True, True], [False, False]]
     assert pick("mean", 0.3, "class") == [[True, True], [False, False]]
     assert pick("mean+std", 0.3, "class") == [[True, True], [False, False]]
-    assert pick("mean-std", 0.3, "video") == [[True, True], [True, True]]
     assert pick("fixed", 0.3, "video") == [[True, True], [True, False]]
     assert alqa.select([], 0.15, "mean", 0.3, "dataset") == ([], [])
 
