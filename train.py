@@ -232,7 +232,7 @@ def batch_losses(run, batch, instances, branch):
                                    s.focal_gamma)
     positives = losses["positives"].float().clamp(min=1)
     run.t_plus[branch] = s.t_plus_momentum * run.t_plus[branch] + (1 - s.t_plus_momentum) * positives
-    L_acp = outputs.cls_logits.sum() * 0
+    L_acp = torch.zeros((), device=run.device)
     if s.acp != "none" and branch < AFTER.index(s.acp_after):
         L_acp = contrast(run, batch, outputs, instances)
     return losses | {"t_plus": run.t_plus[branch].clone(), "acp": L_acp}
