@@ -273,6 +273,15 @@ def pick_device(name):
     return name
 
 
+def pick_precision(device):
+    """"bfloat16" where the hardware multiplies it fast (CUDA from Ampere on, CPUs with AMX), else "float32"."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if fast else "float32"
+
+
 def evaluate_detector(detector, data, s, device):
     """(metrics, predictions) of a detector on the test videos."""
     predictions = export(data.test, detect(detector, data.test, data, s, device), data.classes)

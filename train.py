@@ -483,13 +483,6 @@ def report(run):
     print(f"average with the {other} weights: {100 * other_average:.2f}")
 
 
-def fast_bfloat16(device):
-    """Whether the hardware multiplies bfloat16 matrices faster than float32 ones."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
-
-
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence."""
 
@@ -515,7 +508,7 @@ def parse_settings(argv):
             given[name] = str(Path(given[name]).resolve())
     given["device"] = evaluate.pick_device(given.get("device", "auto"))
     if given.get("precision", "auto") == "auto":
-        given["precision"] = "bfloat16" if fast_bfloat16(torch.device(given["device"])) else "float32"
+        given["precision"] = evaluate.pick_precision(torch.device(given["device"]))
     return Settings(**given)
 
 
