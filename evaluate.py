@@ -248,10 +248,10 @@ def write_json(path, content, indent=None):
 CHECKPOINT = {"settings", "classes", "mean", "std", "labelled", "detector", "ema", "stage", "epoch"}
 
 
-def read_checkpoint(path, device="cpu"):
-    """A checkpoint of train.py, read without executing anything; raises BadInput if it is missing or no such file."""
+def read_checkpoint(path):
+    """A checkpoint of train.py on the CPU, read without executing anything; raises BadInput if it is missing or no such file."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict) or not CHECKPOINT <= set(checkpoint):
             raise ValueError("it is not a checkpoint of train.py")
         return checkpoint
@@ -298,16 +298,17 @@ def read_predictions(path):
         if not isinstance(found, list):
             raise BadInput(f"prediction file {path}, video {video}: it must list predictions, not {found!r}")
         for d in found:
-            good = isinstance(d, dict) and isinstance(d.get("segment"), list) and len(d["segment"]) == 2 and isinstance(d.get("label"), str)
+            good = isinstance(d, dict) and isinstance(d.get("segment"), list) and len(d["segment"]) == 2
+            good = good and isinstance(d.get("label"), (str, int))
             if not good or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in [*d["segment"], d.get("score")]):
                 raise BadInput(f"prediction file {path}, video {video}: a prediction needs a label, a score and a segment, not {d!r}")
-    return results
+    return {video: [d | {"label": str(d["label"])} for d in found] for video, found in results.items()}
 
 
 def evaluate_checkpoint(args):
     """(metrics, title) of --checkpoint: detect on its test videos with its settings; raises BadInput."""
     device = torch.device(pick_device(args.device))
-    checkpoint = read_checkpoint(args.checkpoint, device)
+    checkpoint = read_checkpoint(args.checkpoint)
     s = SimpleNamespace(**checkpoint["settings"])
     try:
         s.tiou, s.weights = args.tiou or s.tiou, args.weights or s.weights

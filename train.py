@@ -309,7 +309,7 @@ def save(run, epoch):
 
 def restore(run, path, free):
     """Load a checkpoint into a run whose settings differ in `free` at most; raises BadInput for another configuration."""
-    content, mine = evaluate.read_checkpoint(path, run.device), asdict(run.s)
+    content, mine = evaluate.read_checkpoint(path), asdict(run.s)
     if not {*MODULES, *NUMBERS} <= set(content) or set(mine) != set(content["settings"]):
         raise BadInput(f"checkpoint {path} is not of this version: it lacks or adds settings or parts")
     other = [k for k in mine if k not in free and mine[k] != content["settings"][k]]
@@ -325,6 +325,7 @@ def restore(run, path, free):
         getattr(run, name).load_state_dict(content[name])
     for name in NUMBERS + ("epoch",):
         setattr(run, name, content[name])
+    run.t_plus = run.t_plus.to(run.device)
 
 
 def clear(run, resumed):
