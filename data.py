@@ -29,7 +29,7 @@ LAYOUTS = {
     "epic-verb": ("annotations/epic_kitchens_100_verb.json", "features"),
     "epic-noun": ("annotations/epic_kitchens_100_noun.json", "features"),
 }
-ORIGIN = "the public ActionFormer (github.com/happyharrycn/actionformer_release) says where to get both"
+ORIGIN = "the README of the public ActionFormer (github.com/happyharrycn/actionformer_release) says where the features come from"
 
 
 # ---- Seconds <-> grid -----------------------------------------------------------------------------------------------
