@@ -126,8 +126,8 @@ def select(detections, theta_l, threshold, theta_fixed, scope):
     theta_l drops, with "positive" (N,) bool added, and the list of theta_h (one a video; one a class if `scope` is "class").
     The form of the sum, the population std and >= are not given in the paper: with two instances the unbiased std never
     selects one. `scope` says what the statistics are over: each video, the dataset, each class of it. `threshold` "mean"
-    leaves the std out, "fixed" sets theta_h = theta_fixed: the fixed case of Fig. 3(c), and without
-    quality branches, where the joint score is the class score, the baseline of Tab. 3(a)."""
+    leaves the std out, "fixed" sets theta_h = theta_fixed: the fixed case of Fig. 3(c), and without quality branches, where the
+    joint score is the class score, the baseline of Tab. 3(a)."""
     records = [{key: value[d["scores"] > theta_l] for key, value in d.items()} for d in detections]
 
     def theta(s):

@@ -344,7 +344,7 @@ def load_dataset(s, trained=None):
     classes = trained["classes"] if trained else class_names([*train.values(), *test.values()])
     index = {label: i for i, label in enumerate(classes)}
     for name, a in (train | test).items():
-        unknown = [label for label in a.labels if label not in classes]
+        unknown = [label for label in a.labels if label not in index]
         if unknown:
             raise BadInput(f"annotation file {path}, video {name}: the label {unknown[0]!r} is unknown to the checkpoint")
     if not any(a.labels for a in test.values()):

@@ -43,6 +43,12 @@ def build_detector(s, dim, num_classes):
     return Detector(dim, num_classes, s.channels, s.heads, windows, s.stem, s.drop_path, ranges, s.alqa, s.tnd_bias, s.position)
 
 
+def forward(detector, batch, s, device):
+    """The detector's Outputs of a batch, on the device and in the precision of the settings."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bfloat16"):
+        return detector(batch["feats"].to(device), batch["mask"].to(device))
+
+
 def suppress(outputs, s):
     """Outputs of a batch -> one instances record a video (see detect): candidates, then Soft-NMS of all videos at once."""
     p_cls = torch.sigmoid(outputs.cls_logits)
@@ -78,9 +84,7 @@ def detect(detector, videos, data, s, device):
     for at in range(0, len(order), s.batch):
         chosen = order[at:at + s.batch]
         batch = collate([load_item(videos[i], data, s) for i in chosen])
-        with torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bfloat16"):
-            outputs = detector(batch["feats"].to(device), batch["mask"].to(device))
-        for i, record in zip(chosen, suppress(outputs, s)):
+        for i, record in zip(chosen, suppress(forward(detector, batch, s, device), s)):
             records[i] = {key: value.cpu() for key, value in record.items()}
     return records
 

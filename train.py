@@ -201,12 +201,6 @@ def objective(sup, unsup, s):
     return L_x(sup) + s.lambda_u * L_x(unsup)
 
 
-def forward(run, batch):
-    """The detector's Outputs of a batch, in the run's precision."""
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.s.precision == "bfloat16"):
-        return run.detector(batch["feats"].to(run.device), batch["mask"].to(run.device))
-
-
 def contrast(run, batch, outputs, instances):
     """L_acp of a batch, with the labels of `instances`, or K-means clusters where that is None."""
     s = run.s
@@ -219,7 +213,8 @@ def batch_losses(run, batch, instances, branch):
 
     instances: B records {"segments", "labels", "rejected"}, ground truth or pseudo labels; the points inside a rejected segment
     are neither action nor background, unless they are positive for another. Returns what objective() takes, and "positives"."""
-    s, outputs, K = run.s, forward(run, batch), len(run.data.classes)
+    s, K = run.s, len(run.data.classes)
+    outputs = evaluate.forward(run.detector, batch, s, run.device)
     instances = [{key: r[key].to(run.device) for key in ("segments", "labels", "rejected")} for r in instances]
     segments, labels, rejected = ([r[key] for r in instances] for key in ("segments", "labels", "rejected"))
     cls_target, offset_target = model.assign_targets(outputs.points, segments, labels, K, s.radius)
@@ -435,7 +430,8 @@ def pretrain(run):
     steps = math.ceil(len(videos) / s.batch)
     for rng in epochs(run, "pretrain", s.pretrain_epochs, steps):
         for batch in training_batches(videos, run.data, s, steps, rng):
-            advance(run, contrast(run, batch, forward(run, batch), None), {})
+            outputs = evaluate.forward(run.detector, batch, s, run.device)
+            advance(run, contrast(run, batch, outputs, None), {})
 
 
 def supervised(run):
