@@ -43,29 +43,48 @@ def tnd(a, b, eps=1e-8):
 
 # ---- Layers ---------------------------------------------------------------------------------------------------------
 
+class ShiftAdd(torch.autograd.Function):
+    """y_t = z_{t-1, 0} + z_{t, 1} + z_{t+1, 2}: (B, T, 3, C) -> (B, T, C); outside the sequence lies 0.
+
+    The sum of a convolution's taps. Written out because autograd would fill and add whole tensors for every slice."""
+
+    @staticmethod
+    def forward(ctx, z):
+        y = z[:, :, 1].clone(memory_format=torch.contiguous_format)
+        y[:, 1:] += z[:, :-1, 0]
+        y[:, :-1] += z[:, 1:, 2]
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        g = gradient.new_empty(*gradient.shape[:2], 3, gradient.shape[2])
+        g[:, :, 1], g[:, -1, 0], g[:, 0, 2] = gradient, 0, 0
+        g[:, :-1, 0], g[:, 1:, 2] = gradient[:, 1:], gradient[:, :-1]
+        return g
+
+
+class Conv(nn.Module):
+    """Masked convolution, k = 3: (B, T, in) -> (B, T, out), outside the sequence lies 0.
+
+    One matrix product with all three taps, whose results are then shifted and added: no copies of the input. weight
+    (3 * out, in) holds the taps of the usual (out, in, 3) kernel one below the other."""
+
+    def __init__(self, dim_in, dim_out, bias=True):
+        super().__init__()
+        bound = 1 / math.sqrt(3 * dim_in)
+        self.weight = nn.Parameter(torch.empty(3 * dim_out, dim_in).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(dim_out)) if bias else None
+
+    def forward(self, x, mask):
+        y = ShiftAdd.apply(F.linear(x, self.weight).unflatten(-1, (3, -1)))
+        return (y if self.bias is None else y + self.bias) * mask[..., None]
+
+
 def shifted(x, stride=1):
     """The steps t-1, t and t+1 of x (B, T, C) for every stride-th t; outside the sequence lies `0`."""
     T = x.shape[1]
     padded = F.pad(x, (0, 0, 1, 1))
     return [padded[:, i:i + T:stride] for i in range(3)]
-
-
-class Conv(nn.Module):
-    """Masked convolution, k = 3, as one matrix product over three shifted copies: (B, T, in) -> (B, T, out).
-
-    On two cores this ran at 1.2 (float32) and 2 times (bfloat16) the rate of nn.Conv1d at 512 channels.
-    weight[:, i * in:(i + 1) * in] is tap i of the usual (out, in, 3) kernel."""
-
-    def __init__(self, dim_in, dim_out, bias=True):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim_out, 3 * dim_in))
-        self.bias = nn.Parameter(torch.zeros(dim_out)) if bias else None
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-
-    def forward(self, x, mask):
-        if torch.is_autocast_enabled(x.device.type):  # copy in the smaller type
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return F.linear(torch.cat(shifted(x), -1), self.weight, self.bias) * mask[..., None]
 
 
 class DepthwiseConv(nn.Module):
@@ -75,10 +94,10 @@ class DepthwiseConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(3, dim).uniform_(-1 / math.sqrt(3), 1 / math.sqrt(3)))
 
-    def forward(self, taps, mask):
+    def forward(self, taps):
         before, at, after = taps
         w = self.weight.to(at.dtype)
-        return torch.addcmul(torch.addcmul(at * w[1], before, w[0]), after, w[2]) * mask[..., None]
+        return torch.addcmul(torch.addcmul(at * w[1], before, w[0]), after, w[2])
 
 
 class DropPath(nn.Module):
@@ -90,36 +109,36 @@ class DropPath(nn.Module):
         self.scale = nn.Parameter(torch.full((dim,), 1e-4))
 
     def forward(self, x):
-        x = x * self.scale
         if not self.training or self.rate == 0:
-            return x
+            return x * self.scale
         keep = torch.rand(len(x), 1, 1, device=x.device) >= self.rate
-        return x * keep / (1 - self.rate)
+        return x * (self.scale * keep / (1 - self.rate))
 
 
 def local_attention(q, k, v, mask, heads, half):
     """Softmax attention of every step over the valid steps within `half` on either side; O(T * half) time and memory.
 
-    q, k, v (B, T, C), mask (B, T) -> (B, T, C). Queries are cut into blocks, each with its keys and a margin of `half`.
+    q, k, v (B, T, C), mask (B, T) -> (B, T, C). Queries are cut into blocks, each with its keys and a margin on both sides.
     A step always sees itself, so the rows of padding stay finite; they are masked by the caller."""
     B, T, C = q.shape
-    half = min(half, T - 1)
-    size = min(max(2 * half, 16), T)  # queries a block: long enough for matrix products, at most twice the needed keys
-    rest = -T % size
-    blocks, span = (T + rest) // size, size + 2 * half
-    q = F.pad(q, (0, 0, 0, rest)).view(B * blocks, size, heads, C // heads).transpose(1, 2)
-    k, v = (F.pad(x, (0, 0, half, half + rest)).unfold(1, span, size)  # (B, blocks, C, span)
-            .reshape(B * blocks, heads, C // heads, span).transpose(2, 3) for x in (k, v))  # (B*blocks, H, span, C/H)
-    gap = torch.arange(span, device=q.device) - torch.arange(size, device=q.device)[:, None]  # key - query + half
-    valid = F.pad(mask, (half, half + rest)).unfold(1, span, size)[:, :, None]  # (B, blocks, 1, span)
-    seen = ((gap >= 0) & (gap <= 2 * half) & valid) | (gap == half)  # (B, blocks, size, span)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen.view(B * blocks, 1, size, span))
+    margin = max(min(half, T), 8)  # a block is two margins long: enough for matrix products, half of its keys are needed
+    size = 2 * margin
+    rest, blocks = -T % size, -(-T // size)
+
+    def windows(x):  # the keys of every block: (B, T, ...) -> (B * blocks, 2 * size, ...)
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (margin, margin + rest)).unflatten(1, (blocks + 1, size))
+        return torch.cat([x[:, :-1], x[:, 1:]], 2).flatten(0, 1)
+    split = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B * blocks, steps, C) -> (B * blocks, H, steps, C / H)
+    gap = torch.arange(2 * size, device=q.device) - margin - torch.arange(size, device=q.device)[:, None]  # key - query
+    seen = (gap.abs() <= half) & windows(mask)[:, None] | (gap == 0)  # (B * blocks, size, 2 * size)
+    q = F.pad(q, (0, 0, 0, rest)).view(B * blocks, size, C)
+    out = F.scaled_dot_product_attention(split(q), split(windows(k)), split(windows(v)), attn_mask=seen[:, None])
     return out.transpose(1, 2).reshape(B, T + rest, C)[:, :T]
 
 
 class Attention(nn.Module):
     """Multi-head self-attention in a local window, with depth-wise convolutions before q, k and v, which may halve T:
-    x (B, T, C), mask (B, T / stride) -> (B, T / stride, C)."""
+    x (B, T, C), mask (B, T / stride) -> (B, T / stride, C). Padding is not attended to; its own rows are masked by the caller."""
 
     def __init__(self, dim, heads, window, stride):
         super().__init__()
@@ -131,8 +150,8 @@ class Attention(nn.Module):
 
     def forward(self, x, mask):
         taps = shifted(x, self.stride)
-        q, k, v = (linear(norm(conv(taps, mask))) for conv, norm, linear in zip(self.convs, self.norms, self.linears))
-        return self.proj(local_attention(q, k, v, mask, self.heads, self.half)) * mask[..., None]
+        q, k, v = (linear(norm(conv(taps))) for conv, norm, linear in zip(self.convs, self.norms, self.linears))
+        return self.proj(local_attention(q, k, v, mask, self.heads, self.half))
 
 
 class Block(nn.Module):
@@ -153,8 +172,8 @@ class Block(nn.Module):
             before, at, after = shifted(x, self.stride)
             before = torch.cat([at[:, :1], before[:, 1:]], 1)
             skip = torch.maximum(torch.maximum(before, at), after)
-        x = skip * mask[..., None] + self.drop1(self.attn(self.norm1(x), mask))
-        return x + self.drop2(self.mlp(self.norm2(x)) * mask[..., None]), mask
+        x = (skip + self.drop1(self.attn(self.norm1(x), mask))) * mask[..., None]
+        return (x + self.drop2(self.mlp(self.norm2(x)))) * mask[..., None], mask
 
 
 def sinusoid(T, C, device):
@@ -191,16 +210,17 @@ class Backbone(nn.Module):
 
 
 class Trunk(nn.Module):
-    """The two convolutions that open a head, shared by all levels: (B, T, C) -> (B, T, C)."""
+    """The two convolutions that open a head: (B, T, C) -> (B, T, C). All levels lie in one sequence; the steps `gaps` (L,)
+    before each of them stay 0."""
 
     def __init__(self, dim):
         super().__init__()
         self.convs = nn.ModuleList(Conv(dim, dim, bias=False) for _ in range(2))
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
 
-    def forward(self, x, mask):
+    def forward(self, x, mask, gaps):
         for conv, norm in zip(self.convs, self.norms):
-            x = F.relu(norm(conv(x, mask)))
+            x = F.relu(norm(conv(x, mask)).index_fill_(1, gaps, 0))
         return x
 
 
@@ -278,19 +298,23 @@ class Detector(nn.Module):
         """feats (B, T, D), mask (B, T), any T >= 1 -> Outputs. Padding changes no valid output."""
         T, unit = feats.shape[1], 2 ** (len(self.scales) - 1)
         # The LayerNorms' biases let the last valid step see that padding follows it (as in the public ActionFormer), so
-        # padding must always follow, on every level.
-        rest = -T % unit + unit
-        feats, mask = F.pad(feats, (0, 0, 0, rest)) * F.pad(mask, (0, rest))[..., None], F.pad(mask, (0, rest))
+        # a step of padding must always follow, on every level.
+        rest = -T % unit + 1
+        mask = F.pad(mask, (0, rest))
+        feats = F.pad(feats, (0, 0, 0, rest)).mul_(mask[..., None])
         levels, masks = self.backbone(feats, mask)
-        parts = []
-        for level, (x, m) in enumerate(zip(levels, masks)):
-            h = self.reg_trunk(x, m)
-            offsets = F.relu(self.reg_out(h, m).float() * self.scales[level])
-            parts.append((self.cls_out(self.cls_trunk(x, m), m).float(), offsets, *self.quality(h, m), m))
-        lengths = [-(-T // 2 ** level) for level in range(len(levels))]
-        flat = [torch.cat([x[:, :n] for x, n in zip(part, lengths)], 1) for part in zip(*parts)]  # (B, P, ...)
-        return Outputs(*flat, self.points(T), [x[:, :n] for x, n in zip(levels, lengths)],
-                       [m[:, :n] for m, n in zip(masks, lengths)])
+        # The heads see all levels as one sequence. A step of 0 opens each level, as nothing lies before it.
+        x, mask = (torch.cat([F.pad(l, (0,) * (2 * l.ndim - 4) + (1, 0)) for l in parts], 1) for parts in (levels, masks))
+        sizes, lengths = ([-(-n // 2 ** l) for l in range(len(levels))] for n in (T + rest, T))
+        gaps = [sum(sizes[:l]) + l for l in range(len(levels))]
+        at = torch.cat([torch.arange(g + 1, g + 1 + n) for g, n in zip(gaps, lengths)]).to(x.device)  # (P,)
+        gaps = torch.tensor(gaps, device=x.device)
+        h = self.reg_trunk(x, mask, gaps)
+        cls_logits, offsets = self.cls_out(self.cls_trunk(x, mask, gaps), mask)[:, at].float(), self.reg_out(h, mask)[:, at].float()
+        scales = self.scales.repeat_interleave(torch.tensor(lengths, device=x.device))
+        p_tiou, p_tnd = (p[:, at] for p in self.quality(h, mask))
+        return Outputs(cls_logits, F.relu(offsets * scales[:, None]), p_tiou, p_tnd, mask[:, at], self.points(T),
+                       [x[:, :n] for x, n in zip(levels, lengths)], [m[:, :n] for m, n in zip(masks, lengths)])
 
 
 # ---- Targets, decoding, suppression ---------------------------------------------------------------------------------
