@@ -95,23 +95,27 @@ def step_classes(steps, segments, labels, rejected, num_classes):
     return torch.where(length < torch.inf, labels[index], classes)
 
 
-def acp_loss(levels, masks, feats, instances, num_classes, kinds, m, clusters, tau, generator, restarts=10):
+def acp_loss(levels, masks, feats, instances, num_classes, kinds, m, clusters, tau, generator, restarts=10, gather=lambda x: x,
+             rank=0, number=1):
     """L_acp = L_coarse + L_fine of a batch -> scalar.
 
     feats (B, T, D) are the raw input features. Coarse contrasts the steps within each video, fine those of all videos.
     `instances` None (pre-training): the labels are K-means clusters of the raw features, 2 a video and `clusters` a batch.
     Otherwise B records {"segments", "labels", "rejected"} (ground truth or pseudo labels): coarse is inside or outside an action,
     fine the class with background as one more; steps inside what was detected and rejected are left out, and so is a video
-    without an instance. `kinds` is one of ACP."""
-    steps = sample_steps(masks[0].sum(1).tolist(), m, generator).to(feats.device)  # (B, m)
-    z, B = representation(levels, masks, steps), len(feats)  # (B, m, L * C)
+    without an instance. `kinds` is one of ACP. Where `number` processes share a batch, this one, `rank`, having every number-th
+    video, `gather` joins the rows of all: each computes the same loss, with gradient into its own videos."""
+    lengths = gather(masks[0].sum(1)).tolist()
+    steps = sample_steps(lengths, m, generator)[rank::number].to(feats.device)  # (b, m), b videos of B
+    z, B = gather(representation(levels, masks, steps)), len(lengths)  # (B, m, L * C)
     if instances is None:
-        x = feats.gather(1, steps[..., None].expand(-1, -1, feats.shape[-1]))  # (B, m, D)
+        x = gather(feats.gather(1, steps[..., None].expand(-1, -1, feats.shape[-1])))  # (B, m, D)
         coarse = [kmeans(x_b, 2, generator, restarts) for x_b in x] if "coarse" in kinds else None
         fine = kmeans(x.flatten(0, 1), clusters, generator, restarts) if "fine" in kinds else None
     else:
         fine = torch.stack([step_classes(s, r["segments"], r["labels"], r["rejected"], num_classes) for s, r in zip(steps, instances)])
         fine[[len(r["labels"]) == 0 for r in instances]] = -1
+        fine = gather(fine)  # (B, m)
         coarse, fine = torch.where(fine < 0, fine, (fine < num_classes).long()), fine.flatten()
     L_acp = z.sum() * 0
     if "coarse" in kinds:

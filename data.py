@@ -9,6 +9,8 @@ import math
 import sys
 import zipfile
 import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -259,10 +261,14 @@ def open_video(name, a, source, s, index, path, labelled):
     """The Video of an annotation, or LabelledVideo: reads its features once to check them. Returns it with the sums
     (steps, sum, sum of squares) over its features for standardisation. Raises BadInput for NaN or infinity, a segment that is
     empty or outside, and a missing fps."""
-    feats = np.asarray(read_features(source, s.feature_key, name), dtype=np.float64)
-    if not np.isfinite(feats).all():
-        step = int(np.argwhere(~np.isfinite(feats))[0, 0])
-        raise BadInput(f"video {name}: feature file {source} holds {feats[step][~np.isfinite(feats[step])][0]} at step {step}")
+    feats = read_features(source, s.feature_key, name)
+    total, square = np.zeros(feats.shape[1]), np.zeros(feats.shape[1])
+    for at in range(0, len(feats), 4096):  # a long video is never held as a whole
+        part = np.asarray(feats[at:at + 4096], dtype=np.float64)
+        if not np.isfinite(part).all():
+            step = int(np.argwhere(~np.isfinite(part))[0, 0])
+            raise BadInput(f"video {name}: feature file {source} holds {part[step][~np.isfinite(part[step])][0]} at step {at + step}")
+        total, square = total + part.sum(0), square + (part ** 2).sum(0)
     fps = s.fps or a.fps
     if not fps:
         raise BadInput(f"annotation file {path}, video {name}: it has no fps; give --fps")
@@ -281,7 +287,7 @@ def open_video(name, a, source, s, index, path, labelled):
         segments = grid.to_grid(np.clip(a.segments[good], 0, duration))
         video = LabelledVideo(**vars(video), segments=torch.tensor(segments, dtype=torch.float32),
                               labels=torch.tensor([index[l] for l, ok in zip(a.labels, good) if ok], dtype=torch.long))
-    return video, (len(feats), feats.sum(0), (feats ** 2).sum(0))
+    return video, (len(feats), total, square)
 
 
 def statistics(sums, standardize):
@@ -424,11 +430,36 @@ def collate(items):
     return batch
 
 
-def training_batches(videos, data, s, steps, rng):
-    """`steps` batches of s.batch videos, cropped at random; every video is seen before one is seen again."""
-    order = []
-    for _ in range(steps):
-        while len(order) < min(s.batch, len(videos)):
-            order += rng.permutation(len(videos)).tolist()
-        chosen, order = order[:s.batch], order[s.batch:]
-        yield collate([load_item(videos[i], data, s, rng) for i in chosen])
+def ahead(load, plans):
+    """load(plan) of every plan in turn; a thread loads the next two while the caller works on one."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque()
+        for plan in plans:
+            waiting.append(thread.submit(load, plan))
+            if len(waiting) > 2:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def plan_batches(videos, s, steps, size, rng):
+    """`steps` batches of `size` (index of a video, seed of its crop). Every video is seen before one is seen again, but for those
+    that fill a pass's last batch. Videos of like length share a batch, which saves padding: they are sorted by their length,
+    randomly changed by a factor of about exp(+-s.length_noise)."""
+    length = np.log([min(v.steps, s.max_steps) for v in videos])
+    batches, passes = [], -(-len(videos) // size) * size
+    while len(batches) < steps:
+        order = np.concatenate([rng.permutation(len(videos)) for _ in range(-(-passes // len(videos)))])[:passes]
+        order = order[np.argsort(length[order] + s.length_noise * rng.normal(size=passes), kind="stable")]
+        batches += [list(zip(batch, rng.integers(2 ** 63, size=size))) for batch in rng.permutation(order.reshape(-1, size))]
+    return batches[:steps]
+
+
+def training_batches(videos, data, s, steps, rng, rank=0, number=1):
+    """`steps` batches of s.batch videos, cropped at random, loaded ahead: collate()'s, with "ids" of the whole batch.
+
+    Each of `number` processes gets every number-th video, from `rank`, of a batch of number * s.batch."""
+    def load(plan):
+        mine = collate([load_item(videos[i], data, s, np.random.default_rng(seed)) for i, seed in plan[rank::number]])
+        return mine | {"ids": [videos[i].id for i, _ in plan]}
+    return ahead(load, plan_batches(videos, s, steps, s.batch * number, rng))

@@ -16,10 +16,55 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from alqa import joint_score
-from data import BadInput, collate, load_dataset, load_item, read_annotations, read_json
+from data import BadInput, ahead, collate, load_dataset, load_item, read_annotations, read_json
 from model import Detector, decode, soft_nms, tiou
+
+# ---- Many processes -------------------------------------------------------------------------------------------------
+
+def place():
+    """(rank, number): which process this is of how many that torchrun started; (0, 1) alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join(device):
+    """Join the processes that torchrun started, each on a device of its own; without torchrun nothing happens."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device.startswith("cuda"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+
+
+def total(x):
+    """The sum of a tensor over all processes; its gradient is that of this process's part, so that gradients can be summed."""
+    if place()[1] == 1:
+        return x
+    everything = x.detach().clone()
+    dist.all_reduce(everything)
+    return x + (everything - x.detach())
+
+
+def gather(x):
+    """The rows (b, ...) of all processes in the order of the whole batch, (b * number, ...); gradients reach this one's rows."""
+    rank, number = place()
+    if number == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(number)]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[rank] = x
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def unite(part):
+    """The dicts of all processes as one dict."""
+    parts = [part]
+    if place()[1] > 1:
+        parts = [None] * place()[1]
+        dist.all_gather_object(parts, part)
+    return {key: value for part in parts for key, value in part.items()}
+
 
 # ---- Detection ------------------------------------------------------------------------------------------------------
 
@@ -76,17 +121,19 @@ def detect(detector, videos, data, s, device):
     """Detections of whole videos: a list, one instances record a video, by descending joint score, on the CPU:
     {"segments" (N, 2) in grid steps, "labels", "scores" (joint, after Soft-NMS), "p_cls", "p_tiou", "p_tnd"}.
 
+    O(T) memory, whatever the length of a video. Of many processes each takes its share of the videos, and all get all detections.
     Keeps joint scores over s.min_score, the best s.pre_nms (point, class) pairs, segments longer than s.min_length steps, and
     after Soft-NMS s.max_detections a video."""
     detector.eval()
+    (rank, number), records = place(), {}
     order = sorted(range(len(videos)), key=lambda i: videos[i].steps)  # videos of like length share a batch
-    records = [None] * len(videos)
-    for at in range(0, len(order), s.batch):
-        chosen = order[at:at + s.batch]
-        batch = collate([load_item(videos[i], data, s) for i in chosen])
+    batches = [order[at:at + s.batch] for at in range(0, len(order), s.batch)][rank::number]
+    load = lambda chosen: (chosen, collate([load_item(videos[i], data, s) for i in chosen]))
+    for chosen, batch in ahead(load, batches):
         for i, record in zip(chosen, suppress(forward(detector, batch, s, device), s)):
             records[i] = {key: value.cpu() for key, value in record.items()}
-    return records
+    records = unite(records)
+    return [records[i] for i in range(len(videos))]
 
 
 def in_seconds(video, segments):
@@ -146,12 +193,12 @@ def match(segments, group, truth, truth_group, tious):
     width = int((high - low).max(initial=0))
     slot = low[:, None] + np.arange(width)  # (G, width)
     real = slot < high[:, None]
-    boxes = torch.from_numpy(truth[truth_order][np.where(real, slot, 0)])  # (G, width, 2)
+    boxes = truth[truth_order][np.where(real, slot, 0)]  # (G, width, 2)
     free = np.repeat(real[None], len(tious), 0)  # (thresholds, G, width)
     for rank in range(int(counts.max(initial=0))):
         active = int((counts > rank).sum())
         rows = order[first[:active] + rank]
-        overlap = tiou(torch.from_numpy(segments[rows])[:, None], boxes[:active]).numpy()  # (active, width)
+        overlap = tiou(segments[rows][:, None], boxes[:active])  # (active, width)
         open_ = free[:, :active] & (overlap >= tious[:, None, None])
         best = np.where(open_, overlap, -1).argmax(-1)  # (thresholds, active)
         hit = np.take_along_axis(open_, best[..., None], -1)[..., 0]

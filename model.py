@@ -16,6 +16,7 @@ Legend, the same letters in every file:
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,10 +28,13 @@ BRANCHES = ("none", "tiou", "diou", "tiou+tnd")  # the localization quality bran
 # ---- Segments: one tIoU and one tND for all -------------------------------------------------------------------------
 
 def tiou(a, b, eps=1e-8):
-    """Temporal IoU of segments a (..., 2) and b (..., 2), broadcast; an empty union gives 0. Returns (...) in [0, 1]."""
-    inter = (torch.minimum(a[..., 1], b[..., 1]) - torch.maximum(a[..., 0], b[..., 0])).clamp(min=0)
+    """Temporal IoU of segments a (..., 2) and b (..., 2), broadcast; an empty union gives 0. Returns (...) in [0, 1].
+
+    Tensors or, in the loops of Soft-NMS and mAP, whose steps are too small for torch to be fast, NumPy arrays."""
+    lib = np if isinstance(a, np.ndarray) else torch
+    inter = (lib.minimum(a[..., 1], b[..., 1]) - lib.maximum(a[..., 0], b[..., 0])).clip(min=0)
     union = (a[..., 1] - a[..., 0]) + (b[..., 1] - b[..., 0]) - inter
-    return inter / union.clamp(min=eps)
+    return inter / union.clip(min=eps)
 
 
 def tnd(a, b, eps=1e-8):
@@ -106,12 +110,14 @@ class DropPath(nn.Module):
     def __init__(self, dim, rate):
         super().__init__()
         self.rate = rate
+        self.share = (0, 1)  # this process and their number: a batch gets the same draws, however many share it
         self.scale = nn.Parameter(torch.full((dim,), 1e-4))
 
     def forward(self, x):
         if not self.training or self.rate == 0:
             return x * self.scale
-        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.rate
+        rank, number = self.share
+        keep = torch.rand(len(x) * number, 1, 1, device=x.device)[rank::number] >= self.rate
         return x * (self.scale * keep / (1 - self.rate))
 
 
@@ -361,30 +367,28 @@ def soft_nms(segments, scores, groups, sigma, min_score, max_num):
     segments (N, 2), scores (N,), groups (N,) integers -> index (M,) into the input and decayed scores (M,), in descending
     order of score. In each group the best detection is taken and every other one's score multiplied by
     exp(-tIoU^2 / sigma), until all are below min_score or max_num are taken."""
-    if len(scores) == 0:
-        return torch.zeros(0, dtype=torch.long, device=scores.device), scores
     order = torch.argsort(scores, descending=True, stable=True)
     order = order[torch.argsort(groups[order], stable=True)]
     counts = torch.unique_consecutive(groups[order], return_counts=True)[1]
-    index = pad_sequence(order.split(counts.tolist()), batch_first=True, padding_value=-1)  # (G, M)
-    left = torch.where(index >= 0, scores[index], 0.0)
-    boxes, kept = segments[index], []
-    for _ in range(min(max_num, index.shape[1])):
-        best, at = left.max(1)
-        alive = best >= min_score
-        if not alive.all():
-            index, left, boxes, best, at = index[alive], left[alive], boxes[alive], best[alive], at[alive]
-        if len(best) == 0:
+    parts = sorted(order.split(counts.tolist()), key=len, reverse=True)  # the groups still active at any rank are the first ones
+    index = pad_sequence(parts or [order], batch_first=True, padding_value=-1)  # (G, M)
+    left, boxes = (x.cpu().numpy() for x in (torch.where(index >= 0, scores[index], 0), segments[index]))
+    kept, row, counts = [], np.arange(len(index)), -np.sort(-counts.cpu().numpy())
+    for rank in range(min(max_num, index.shape[1])):
+        G = int((counts > rank).sum())
+        at = left[:G].argmax(1)
+        best = left[row[:G], at]
+        if best.max() < min_score:
             break
-        row = torch.arange(len(at), device=at.device)
-        kept.append((index[row, at], best))
-        left = left * torch.exp(-tiou(boxes[row, at][:, None], boxes) ** 2 / sigma)
-        left[row, at] = 0
+        kept.append((row[:G], at, best))
+        left[:G] *= np.exp(-tiou(boxes[row[:G], at][:, None], boxes[:G]) ** 2 / sigma)
+        left[row[:G], at] = 0
     if not kept:
-        return torch.zeros(0, dtype=torch.long, device=scores.device), scores[:0]
-    index, scores = (torch.cat(x) for x in zip(*kept))
-    scores, order = scores.sort(descending=True, stable=True)
-    return index[order], scores
+        return order[:0], scores[:0]
+    row, at, best = (torch.from_numpy(np.concatenate(x)).to(scores.device) for x in zip(*kept))
+    enough = best >= min_score
+    best, order = best[enough].sort(descending=True, stable=True)
+    return index[row, at][enough][order], best
 
 
 # ---- Complexity -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     python train.py                                       toy data, all three stages, a table of mAP
     python train.py --dataset thumos --ratio 0.1
     python train.py --dataset my.json --features DIR --stride 25 --frames 50 --out runs/my
+    torchrun --nproc_per_node=4 train.py ...              one process a device: a batch of 4 * --batch videos
 
 Stage 1 pre-trains the backbone with ACP on all training videos, no labels read. Stage 2 trains the detector and ICD on the
 labelled videos. Stage 3 makes pseudo labels (ALQA selects, ICD refines) and trains on labelled and unlabelled videos.
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import acp
 import alqa
@@ -27,7 +29,7 @@ import icd
 import model
 from acp import ACP
 from alqa import SCOPES, THRESHOLDS
-from data import BadInput, blind, crop_segments, load_dataset, load_item, training_batches
+from data import BadInput, ahead, blind, crop_segments, load_dataset, load_item, training_batches
 from icd import REFINEMENTS
 from model import BRANCHES
 
@@ -119,7 +121,8 @@ class Settings:
     t_plus_momentum: float = of(0.9, "momentum of T+ [A]", "a share")
     rejected: str = of("masked", "detected and rejected instances in stage 3 [J]", ("masked", "background"))
     # training
-    batch: int = of(2, "videos a step; in stage 3 as many labelled and as many unlabelled [S]", "positive")
+    batch: int = of(2, "videos a step and process; in stage 3 as many labelled and as many unlabelled [S]", "positive")
+    length_noise: float = of(0.3, "spread of the noise on log length by which videos are sorted into batches [J]")
     lr: float = of(1e-4, "learning rate of AdamW, cosine decay [S]", "positive")
     weight_decay: float = of(1e-4, "[S]")
     warmup: float = of(0.14, "linear warm-up, as a share of a stage: 5 of 35 epochs [J]", "a share")
@@ -205,7 +208,7 @@ def contrast(run, batch, outputs, instances):
     """L_acp of a batch, with the labels of `instances`, or K-means clusters where that is None."""
     s = run.s
     return acp.acp_loss(outputs.levels, outputs.masks, batch["feats"].to(run.device), instances, len(run.data.classes), s.acp,
-                        s.acp_steps, s.acp_clusters, s.acp_tau, run.generator, s.acp_restarts)
+                        s.acp_steps, s.acp_clusters, s.acp_tau, run.generator, s.acp_restarts, evaluate.gather, *evaluate.place())
 
 
 def batch_losses(run, batch, instances, branch):
@@ -225,6 +228,7 @@ def batch_losses(run, batch, instances, branch):
         use = use & torch.tensor([len(l) > 0 for l in labels], device=run.device)[:, None]
     losses = alqa.detection_losses(outputs, cls_target, offset_target, use, s.alqa, s.quality_form, s.eps, s.beta, s.focal_alpha,
                                    s.focal_gamma)
+    losses = {key: evaluate.total(value) for key, value in losses.items()}  # of all processes
     positives = losses["positives"].float().clamp(min=1)
     run.t_plus[branch] = s.t_plus_momentum * run.t_plus[branch] + (1 - s.t_plus_momentum) * positives
     L_acp = torch.zeros((), device=run.device)
@@ -234,7 +238,9 @@ def batch_losses(run, batch, instances, branch):
 
 
 def log(run, **row):
-    """One line to the screen and to log.jsonl."""
+    """One line to the screen and to log.jsonl, by the first process."""
+    if evaluate.place()[0] > 0:
+        return
     row = {"stage": run.stage, "epoch": run.epoch + 1} | row
     print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
     with open(run.out / "log.jsonl", "a", encoding="utf-8") as file:
@@ -242,7 +248,8 @@ def log(run, **row):
 
 
 def advance(run, loss, parts):
-    """One optimiser step on `loss`: schedule, clipping, averaged weights, and a log line every s.log_every steps."""
+    """One optimiser step on `loss`: schedule, clipping, averaged weights, and a log line every s.log_every steps. The gradients
+    of many processes are summed: `loss` is that of the whole batch, the gradient that of a process's own videos."""
     s = run.s
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f"the loss is {loss.item()} at step {run.step} of stage {run.stage}")
@@ -252,6 +259,12 @@ def advance(run, loss, parts):
         group["lr"] = s.lr * min((run.step + 1) / warm, cosine)
     run.optimizer.zero_grad()
     loss.backward()
+    if evaluate.place()[1] > 1:
+        gradients = [p.grad for p in run.detector.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        for g, summed in zip(gradients, flat.split([g.numel() for g in gradients])):
+            g.copy_(summed.view_as(g))
     torch.nn.utils.clip_grad_norm_(run.detector.parameters(), s.clip)
     run.optimizer.step()
     decay = min(s.ema, (1 + run.ema_step) / (10 + run.ema_step))
@@ -284,6 +297,9 @@ def begin(s, data):
     device = torch.device(s.device)
     torch.manual_seed(s.seed)
     detector = evaluate.build_detector(s, data.dim, len(data.classes)).to(device)
+    for module in detector.modules():
+        if isinstance(module, model.DropPath):
+            module.share = evaluate.place()
     discriminator = icd.Discriminator(data.dim, s.icd_hidden, s.icd_dropout).to(device)
     bank = icd.bank_of((load_item(v, data, s) for v in data.labelled), s.icd_pool)
     bank["feats"] = bank["feats"].to(device)
@@ -295,7 +311,9 @@ def begin(s, data):
 
 
 def save(run, epoch):
-    """The whole run as one file, written atomically, with `epoch` epochs of its stage done."""
+    """The whole run as one file, written atomically by the first process, with `epoch` epochs of its stage done."""
+    if evaluate.place()[0] > 0:
+        return
     content = {name: getattr(run, name).state_dict() for name in MODULES} | {name: getattr(run, name) for name in NUMBERS}
     content |= {"epoch": epoch, "settings": asdict(run.s), "classes": run.data.classes, "mean": run.data.mean, "std": run.data.std,
                 "labelled": [v.id for v in run.data.labelled]}
@@ -382,8 +400,8 @@ def pseudo_truth(run, batch):
 
 
 def train_icd(run, batch):
-    """One step of ICD's own optimiser on the instances of a labelled batch; returns the loss."""
-    ids = {v.id for v in batch["videos"]}
+    """One step of ICD's own optimiser on the instances of a labelled batch; returns the loss. Small: every process does it all."""
+    ids = set(batch["ids"])
     mine = [i for i, name in enumerate(run.bank["videos"]) if name in ids]
     loss = icd.icd_loss(run.icd, run.bank, mine, run.s.icd_pairs, run.generator)
     run.icd_optimizer.zero_grad()
@@ -402,11 +420,13 @@ def make_pseudo_labels(run):
     records = evaluate.detect(run.ema if s.pseudo_weights == "ema" else run.detector, videos, run.data, s, run.device)
     records = [alqa.without_repeats(r, s.repeat) for r in records]
     records, theta_h = alqa.select(records, s.theta_l, s.threshold, s.theta_fixed, s.scope)
-    for video, r in zip(videos, records):
-        feats = load_item(video, run.data, s)["feats"].to(run.device)
-        icd.refine_pseudo_labels(r, run.icd, run.bank, feats, s.icd_pool, s.theta_drop, s.theta_mine, s.icd)
+    rank, number = evaluate.place()
+    mine = list(zip(videos, records))[rank::number]
+    for feats, (_, r) in zip(ahead(lambda pair: load_item(pair[0], run.data, s)["feats"], mine), mine):
+        icd.refine_pseudo_labels(r, run.icd, run.bank, feats.to(run.device), s.icd_pool, s.theta_drop, s.theta_mine, s.icd)
     run.theta_h = float(np.mean(theta_h or [1.0]))
-    return {v.id: r for v, r in zip(videos, records)}
+    found = evaluate.unite({v.id: r for v, r in mine})
+    return {v.id: found[v.id] for v in videos}
 
 
 def pulse(run):
@@ -427,19 +447,20 @@ def pulse(run):
 def pretrain(run):
     """Stage 1, ACP: contrast the steps of labelled and unlabelled videos; no label is read (Sec. 3.3)."""
     s, videos = run.s, [blind(v) for v in run.data.labelled + run.data.unlabelled]
-    steps = math.ceil(len(videos) / s.batch)
+    rank, number = evaluate.place()
+    steps = math.ceil(len(videos) / (s.batch * number))
     for rng in epochs(run, "pretrain", s.pretrain_epochs, steps):
-        for batch in training_batches(videos, run.data, s, steps, rng):
+        for batch in training_batches(videos, run.data, s, steps, rng, rank, number):
             outputs = evaluate.forward(run.detector, batch, s, run.device)
             advance(run, contrast(run, batch, outputs, None), {})
 
 
 def supervised(run):
     """Stage 2: the detector on labelled videos, and ICD beside it with its own optimiser (Sec. 3.1, 3.2)."""
-    s = run.s
-    steps = max(math.ceil(len(run.data.labelled) / s.batch), math.ceil(s.supervised_steps / s.supervised_epochs))
+    s, (rank, number) = run.s, evaluate.place()
+    steps = max(math.ceil(len(run.data.labelled) / (s.batch * number)), math.ceil(s.supervised_steps / s.supervised_epochs))
     for rng in epochs(run, "supervised", s.supervised_epochs, steps):
-        for batch in training_batches(run.data.labelled, run.data, s, steps, rng):
+        for batch in training_batches(run.data.labelled, run.data, s, steps, rng, rank, number):
             sup = batch_losses(run, batch, ground_truth(batch), 0)
             L_icd = train_icd(run, batch) if not s.icd_steps or run.step < s.icd_steps else 0.0
             advance(run, objective(sup, None, s), sup | {"icd": L_icd})
@@ -447,16 +468,16 @@ def supervised(run):
 
 def joint(run):
     """Stage 3, Fig. 1: detect on unlabelled videos, ALQA selects, ICD refines, the detector learns from both kinds."""
-    s, unlabelled = run.s, {v.id: v for v in run.data.unlabelled}
-    steps = math.ceil(len(unlabelled) / s.batch)
+    s, unlabelled, (rank, number) = run.s, {v.id: v for v in run.data.unlabelled}, evaluate.place()
+    steps = math.ceil(len(unlabelled) / (s.batch * number))
     for rng in epochs(run, "joint", s.joint_epochs, steps):
         if run.pseudo is None or (s.refresh and run.epoch and run.epoch % s.refresh == 0):
             run.pseudo = make_pseudo_labels(run)
             run.detector.train()
         pulse(run)
         taught = [unlabelled[n] for n, r in run.pseudo.items() if teaches(r).any()]
-        labelled_batches = training_batches(run.data.labelled, run.data, s, steps, rng)
-        unlabelled_batches = training_batches(taught, run.data, s, steps, rng) if taught else [None] * steps
+        labelled_batches = training_batches(run.data.labelled, run.data, s, steps, rng, rank, number)
+        unlabelled_batches = training_batches(taught, run.data, s, steps, rng, rank, number) if taught else [None] * steps
         for labelled_batch, unlabelled_batch in zip(labelled_batches, unlabelled_batches):
             sup, unsup = batch_losses(run, labelled_batch, ground_truth(labelled_batch), 0), None
             if unlabelled_batch:
@@ -467,11 +488,14 @@ def joint(run):
 # ---- The report and the command line --------------------------------------------------------------------------------
 
 def report(run):
-    """Detect on the test videos with raw and averaged weights of the last epoch; write what --out receives; print the table."""
+    """Detect on the test videos with raw and averaged weights of the last epoch; the first process writes what --out receives and
+    prints the table."""
     s, data, other = run.s, run.data, "raw" if run.s.weights == "ema" else "ema"
     results = {name: evaluate.evaluate_detector(detector, data, s, run.device)
                for name, detector in (("raw", run.detector), ("ema", run.ema))}
     (metrics, predictions), other_average = results[s.weights], results[other][0]["average_mAP"]
+    if evaluate.place()[0] > 0:
+        return
     pseudo = evaluate.export_pseudo_labels(data.unlabelled, run.pseudo, data.classes, icd.STATUS) if run.pseudo else {}
     evaluate.write_json(run.out / "predictions.json", predictions)
     evaluate.write_json(run.out / "pseudo_labels.json", pseudo, indent=1)
@@ -520,28 +544,37 @@ def launch(s):
         restore(run, run.out / "checkpoint.pt", RUN)
     elif s.start:
         restore(run, s.start, RUN | JOINT)
+    if evaluate.place()[0] > 0:
+        return run
     run.out.mkdir(parents=True, exist_ok=True)
     clear(run, resumed)
     evaluate.write_json(run.out / "config.json", asdict(s), indent=1)
     evaluate.write_json(run.out / "split.json", {"labelled": [v.id for v in data.labelled], "unlabelled": [v.id for v in data.unlabelled],
                                                  "missing_classes": data.missing}, indent=1)
     print(f"{len(data.labelled)} labelled, {len(data.unlabelled)} unlabelled, {len(data.test)} test videos; {len(data.classes)} classes, "
-          f"{len(data.missing)} without a labelled instance: {', '.join(data.missing) or '-'}; {s.device}, {s.precision}")
+          f"{len(data.missing)} without a labelled instance: {', '.join(data.missing) or '-'}; {s.device}, {s.precision}, "
+          f"{evaluate.place()[1]} process(es)")
     return run
 
 
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
     try:
-        run = launch(parse_settings(argv))
+        s = parse_settings(argv)
+        evaluate.join(s.device)
+        run = launch(s)
         pretrain(run)
         supervised(run)
         if run.s.stage == "all":
             joint(run)
         report(run)
     except (BadInput, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if evaluate.place()[0] == 0:
+            print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 
