@@ -218,13 +218,14 @@ def mean_average_precision(truth, predictions, tious):
     truth_rows = [(video, label, *segment) for video, a in truth.items() for label, segment in zip(a.labels, a.segments)]
     classes = list(dict.fromkeys(row[1] for row in truth_rows))
     class_of = {label: i for i, label in enumerate(classes)}
-    rows = [(video, d["label"], d["score"], *d["segment"]) for video, found in predictions.items() for d in found if d["label"] in class_of]
+    rows = [d for found in predictions.values() for d in found if d["label"] in class_of]
     video_of = {video: i for i, video in enumerate(dict.fromkeys([*truth, *predictions]))}
-    group = lambda rows: np.array([video_of[row[0]] * len(classes) + class_of[row[1]] for row in rows], dtype=np.int64)
-    truth_group, pred_group = group(truth_rows), group(rows)
+    group = lambda pairs: np.fromiter((video_of[video] * len(classes) + class_of[label] for video, label in pairs), dtype=np.int64)
+    truth_group = group(row[:2] for row in truth_rows)
+    pred_group = group((video, d["label"]) for video, found in predictions.items() for d in found if d["label"] in class_of)
     truth_segments = np.array([row[2:] for row in truth_rows], dtype=np.float64).reshape(-1, 2)
-    segments = np.array([row[3:] for row in rows], dtype=np.float64).reshape(-1, 2)
-    scores = np.array([row[2] for row in rows], dtype=np.float64)
+    segments = np.array([d["segment"] for d in rows], dtype=np.float64).reshape(-1, 2)
+    scores = np.array([d["score"] for d in rows], dtype=np.float64)
     order = np.argsort(scores, kind="stable")[::-1]
     tp = match(segments[order], pred_group[order], truth_segments, truth_group, tious)
     pred_class, ap = pred_group[order] % len(classes), {}
@@ -325,11 +326,12 @@ def pick_device(name):
 
 
 def pick_precision(device):
-    """"bfloat16" where the hardware multiplies it fast (CUDA from Ampere on, CPUs with AMX), else "float32"."""
+    """"bfloat16" where the hardware multiplies it fast (CUDA from Ampere on, CPUs with AMX or AVX512-BF16), else "float32"."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
+        fast = device.type == "cpu" and torch.backends.mkldnn.is_available()
+        fast = fast and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     return "bfloat16" if fast else "float32"
 
 

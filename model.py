@@ -47,41 +47,62 @@ def tnd(a, b, eps=1e-8):
 
 # ---- Layers ---------------------------------------------------------------------------------------------------------
 
-class ShiftAdd(torch.autograd.Function):
-    """y_t = z_{t-1, 0} + z_{t, 1} + z_{t+1, 2}: (B, T, 3, C) -> (B, T, C); outside the sequence lies 0.
+class Taps(torch.autograd.Function):
+    """y_t = mask_t * (W_0 x_{t-1} + W_1 x_t + W_2 x_{t+1}): x (N, in), W (3, out, in), mask (N,) -> (N, out).
 
-    The sum of a convolution's taps. Written out because autograd would fill and add whole tensors for every slice."""
+    Written out because autograd would hold three results, or three copies of x: here each matrix product adds to the sum itself."""
 
     @staticmethod
-    def forward(ctx, z):
-        y = z[:, :, 1].clone(memory_format=torch.contiguous_format)
-        y[:, 1:] += z[:, :-1, 0]
-        y[:, :-1] += z[:, 1:, 2]
-        return y
+    def forward(ctx, x, W, mask):
+        ctx.save_for_backward(x, W, mask)
+        y = x @ W[1].T
+        y[1:].addmm_(x[:-1], W[0].T)
+        y[:-1].addmm_(x[1:], W[2].T)
+        return y.mul_(mask[:, None])
 
     @staticmethod
     def backward(ctx, gradient):
-        g = gradient.new_empty(*gradient.shape[:2], 3, gradient.shape[2])
-        g[:, :, 1], g[:, -1, 0], g[:, 0, 2] = gradient, 0, 0
-        g[:, :-1, 0], g[:, 1:, 2] = gradient[:, 1:], gradient[:, :-1]
-        return g
+        x, W, mask = ctx.saved_tensors
+        g, dx = gradient * mask[:, None], None
+        if ctx.needs_input_grad[0]:
+            dx = g @ W[1]
+            dx[:-1].addmm_(g[1:], W[0])
+            dx[1:].addmm_(g[:-1], W[2])
+        return dx, torch.stack([g[1:].T @ x[:-1], g.T @ x, g[:-1].T @ x[1:]]), None
 
 
 class Conv(nn.Module):
-    """Masked convolution, k = 3: (B, T, in) -> (B, T, out), outside the sequence lies 0.
+    """Masked convolution, k = 3: x (B, T, in), mask (B, T) -> (B, T, out), 0 where the mask is.
 
-    One matrix product with all three taps, whose results are then shifted and added: no copies of the input. weight
-    (3 * out, in) holds the taps of the usual (out, in, 3) kernel one below the other."""
+    The videos of a batch are convolved as one sequence. A gap, a step at which x is 0 and the mask False, must open each of them (and
+    each level, where the levels follow one another): nothing lies before it."""
 
     def __init__(self, dim_in, dim_out, bias=True):
         super().__init__()
         bound = 1 / math.sqrt(3 * dim_in)
-        self.weight = nn.Parameter(torch.empty(3 * dim_out, dim_in).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(3, dim_out, dim_in).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(dim_out)) if bias else None
 
     def forward(self, x, mask):
-        y = ShiftAdd.apply(F.linear(x, self.weight).unflatten(-1, (3, -1)))
-        return (y if self.bias is None else y + self.bias) * mask[..., None]
+        kind = x.device.type  # autocast does not look into Taps
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        y = Taps.apply(x.to(dtype).flatten(0, 1), self.weight.to(dtype), mask.flatten()).unflatten(0, mask.shape)
+        return y if self.bias is None else y + self.bias * mask[..., None]
+
+
+class Trunk(nn.Module):
+    """Two convolutions with LayerNorm and ReLU, which embed the features and open each head: x (B, T, in), mask (B, T) -> (B, T, out).
+    The steps `gaps` stay 0, as a convolution wants them."""
+
+    def __init__(self, dim_in, dim):
+        super().__init__()
+        self.convs = nn.ModuleList([Conv(dim_in, dim, bias=False), Conv(dim, dim, bias=False)])
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.convs)
+
+    def forward(self, x, mask, gaps):
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.relu(norm(conv(x, mask)).index_fill_(1, gaps, 0), inplace=True)
+        return x
 
 
 def shifted(x, stride=1):
@@ -101,11 +122,11 @@ class DepthwiseConv(nn.Module):
     def forward(self, taps):
         before, at, after = taps
         w = self.weight.to(at.dtype)
-        return torch.addcmul(torch.addcmul(at * w[1], before, w[0]), after, w[2])
+        return (at * w[1]).addcmul_(before, w[0]).addcmul_(after, w[2])
 
 
 class DropPath(nn.Module):
-    """Residual scale, learned per channel from 1e-4, and stochastic depth (one draw a video)."""
+    """Residual branch: skip + scale * x, the scale learned per channel from 1e-4, with stochastic depth (one draw a video)."""
 
     def __init__(self, dim, rate):
         super().__init__()
@@ -113,12 +134,12 @@ class DropPath(nn.Module):
         self.share = (0, 1)  # this process and their number: a batch gets the same draws, however many share it
         self.scale = nn.Parameter(torch.full((dim,), 1e-4))
 
-    def forward(self, x):
+    def forward(self, skip, x):
         if not self.training or self.rate == 0:
-            return x * self.scale
+            return torch.addcmul(skip, x, self.scale)
         rank, number = self.share
         keep = torch.rand(len(x) * number, 1, 1, device=x.device)[rank::number] >= self.rate
-        return x * (self.scale * keep / (1 - self.rate))
+        return torch.addcmul(skip, x, self.scale * keep / (1 - self.rate))
 
 
 def local_attention(q, k, v, mask, heads, half):
@@ -178,8 +199,8 @@ class Block(nn.Module):
             before, at, after = shifted(x, self.stride)
             before = torch.cat([at[:, :1], before[:, 1:]], 1)
             skip = torch.maximum(torch.maximum(before, at), after)
-        x = (skip + self.drop1(self.attn(self.norm1(x), mask))) * mask[..., None]
-        return (x + self.drop2(self.mlp(self.norm2(x)))) * mask[..., None], mask
+        x = self.drop1(skip, self.attn(self.norm1(x), mask)).mul_(mask[..., None])
+        return self.drop2(x, self.mlp(self.norm2(x))).mul_(mask[..., None]), mask
 
 
 def sinusoid(T, C, device):
@@ -190,20 +211,18 @@ def sinusoid(T, C, device):
 
 class Backbone(nn.Module):
     """Two embedding convolutions, stem blocks at full length, then one halving block for each further level, and the
-    neck's LayerNorm: (B, T, D) -> [(B, T / 2^l, C)], [(B, T / 2^l)]."""
+    neck's LayerNorm: (B, 1 + T, D), of which the first step is a gap -> [(B, T / 2^l, C)], [(B, T / 2^l)]."""
 
     def __init__(self, dim_in, dim, heads, windows, stem, drop_path, position):
         super().__init__()
         self.position = position
-        self.embed = nn.ModuleList([Conv(dim_in, dim, bias=False), Conv(dim, dim, bias=False)])
-        self.embed_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.embed)
+        self.embed = Trunk(dim_in, dim)
         self.stem = nn.ModuleList(Block(dim, heads, windows[0], 1, drop_path) for _ in range(stem))
         self.branch = nn.ModuleList(Block(dim, heads, w, 2, drop_path) for w in windows[1:])
         self.neck = nn.ModuleList(nn.LayerNorm(dim) for _ in windows)
 
     def forward(self, x, mask):
-        for conv, norm in zip(self.embed, self.embed_norms):
-            x = F.relu(norm(conv(x, mask)))
+        x, mask = self.embed(x, mask, torch.tensor([0], device=x.device))[:, 1:], mask[:, 1:]
         if self.position:
             x = x + sinusoid(x.shape[1], x.shape[2], x.device) * mask[..., None]
         for block in self.stem:
@@ -213,21 +232,6 @@ class Backbone(nn.Module):
             x, mask = block(x, mask)
             levels.append(x), masks.append(mask)
         return [norm(x) for norm, x in zip(self.neck, levels)], masks
-
-
-class Trunk(nn.Module):
-    """The two convolutions that open a head: (B, T, C) -> (B, T, C). All levels lie in one sequence; the steps `gaps` (L,)
-    before each of them stay 0."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.convs = nn.ModuleList(Conv(dim, dim, bias=False) for _ in range(2))
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
-
-    def forward(self, x, mask, gaps):
-        for conv, norm in zip(self.convs, self.norms):
-            x = F.relu(norm(conv(x, mask)).index_fill_(1, gaps, 0))
-        return x
 
 
 class QualityBranches(nn.Module):
@@ -284,7 +288,7 @@ class Detector(nn.Module):
         if len(windows) != len(ranges):
             raise ValueError(f"{len(windows)} windows for {len(ranges)} regression ranges: each level needs one of both")
         self.backbone = Backbone(dim_in, channels, heads, windows, stem, drop_path, position)
-        self.cls_trunk, self.reg_trunk = Trunk(channels), Trunk(channels)
+        self.cls_trunk, self.reg_trunk = Trunk(channels, channels), Trunk(channels, channels)
         self.cls_out, self.reg_out = Conv(channels, num_classes), Conv(channels, 2)
         self.quality = QualityBranches(channels, branches, tnd_bias)
         self.scales = nn.Parameter(torch.ones(len(windows)))
@@ -300,16 +304,21 @@ class Detector(nn.Module):
                                                     torch.full_like(low, 2 ** l), low, high)) for l, (low, high) in enumerate(self.ranges)]
         return Points(*torch.cat(rows, 1))
 
+    def padded(self, T, coarse=False):
+        """The steps computed for T. The LayerNorms' biases let the last valid step see that padding follows it (as in the public
+        ActionFormer), so a step of padding must always follow, on every level. `coarse`: up to an eighth more, so that few lengths
+        occur: CPUs prepare their bfloat16 products anew for every shape."""
+        unit = max(2 ** (len(self.scales) - 1), 2 ** (T.bit_length() - 4) if coarse else 1)
+        return T + -T % unit + 1
+
     def forward(self, feats, mask):
         """feats (B, T, D), mask (B, T), any T >= 1 -> Outputs. Padding changes no valid output."""
-        T, unit = feats.shape[1], 2 ** (len(self.scales) - 1)
-        # The LayerNorms' biases let the last valid step see that padding follows it (as in the public ActionFormer), so
-        # a step of padding must always follow, on every level.
-        rest = -T % unit + 1
-        mask = F.pad(mask, (0, rest))
-        feats = F.pad(feats, (0, 0, 0, rest)).mul_(mask[..., None])
+        T = feats.shape[1]
+        rest = self.padded(T, feats.device.type == "cpu" and torch.is_autocast_enabled("cpu")) - T
+        mask = F.pad(mask, (1, rest))
+        feats = F.pad(feats, (0, 0, 1, rest)).mul_(mask[..., None])
         levels, masks = self.backbone(feats, mask)
-        # The heads see all levels as one sequence. A step of 0 opens each level, as nothing lies before it.
+        # The heads see all levels as one sequence, with a gap before each level.
         x, mask = (torch.cat([F.pad(l, (0,) * (2 * l.ndim - 4) + (1, 0)) for l in parts], 1) for parts in (levels, masks))
         sizes, lengths = ([-(-n // 2 ** l) for l in range(len(levels))] for n in (T + rest, T))
         gaps = [sum(sizes[:l]) + l for l in range(len(levels))]

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import acp
 import alqa
@@ -42,7 +44,7 @@ def generator(seed=0):
 
 def public_weights(state):
     """The public ActionFormer's state dict under this project's names and shapes."""
-    names = [(r"backbone\.embd\.(\d)\.conv", r"backbone.embed.\1"), (r"backbone\.embd_norm", "backbone.embed_norms"),
+    names = [(r"backbone\.embd\.(\d)\.conv", r"backbone.embed.convs.\1"), (r"backbone\.embd_norm", "backbone.embed.norms"),
              (r"\.ln(\d)\.", r".norm\1."),
              (r"attn\.(query|key|value)_conv\.conv", r"attn.convs.\1"), (r"attn\.(query|key|value)_norm", r"attn.norms.\1"),
              (r"attn\.(query|key|value)\.", r"attn.linears.\1."), (r"mlp\.3", "mlp.2"), (r"drop_path_attn", "drop1"),
@@ -60,7 +62,7 @@ def public_weights(state):
         if key.endswith("weight") and value.ndim == 3 and value.shape[1:] == (1, 3):
             value = value[:, 0].T  # depth-wise
         elif key.endswith("weight") and value.ndim == 3 and value.shape[2] == 3:
-            value = value.permute(2, 0, 1).flatten(0, 1)  # taps one below the other
+            value = value.permute(2, 0, 1)  # (out, in, 3) -> (3, out, in)
         elif value.ndim == 3:
             value = value.squeeze(-1) if value.shape[0] > 1 else value.flatten()
         out[key] = value
@@ -166,6 +168,11 @@ def test_tiou_and_tnd_by_hand():
     assert model.tiou(torch.zeros(2), torch.zeros(2)) == 0
 
 
+def test_tiou_of_arrays_is_that_of_tensors():
+    a, b = torch.rand(50, 1, 2).cumsum(-1), torch.rand(1, 60, 2).cumsum(-1)
+    assert np.allclose(model.tiou(a.numpy(), b.numpy()), model.tiou(a, b).numpy())
+
+
 def test_segments_that_share_a_point_have_tnd_of_a_quarter_at_most():
     p, q = 10 * torch.rand(1000, 2), 10 * torch.rand(1000, 2)
     assert alqa.overlap(p, q)[1].max() <= 0.25
@@ -173,11 +180,19 @@ def test_segments_that_share_a_point_have_tnd_of_a_quarter_at_most():
 
 
 def test_convolutions_match_torch():
-    x, mask = torch.randn(2, 11, 4), torch.ones(2, 11, dtype=torch.bool)
+    x, mask = torch.randn(2, 11, 4), torch.ones(2, 12, dtype=torch.bool)
+    mask[:, 0], mask[1, 9:] = False, False
     conv, deep = model.Conv(4, 5), model.DepthwiseConv(4)
     conv.bias.data.normal_()
-    theirs = F.conv1d(x.transpose(1, 2), conv.weight.view(3, 5, 4).permute(1, 2, 0), conv.bias, padding=1).transpose(1, 2)
-    assert torch.allclose(conv(x, mask), theirs, atol=1e-6)
+    wanted, gradients = torch.randn(2, 11, 5), []
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    both = (conv(F.pad(ours, (0, 0, 1, 0)), mask)[:, 1:],
+            F.conv1d(theirs.transpose(1, 2), conv.weight.permute(1, 2, 0), conv.bias, padding=1).transpose(1, 2) * mask[:, 1:, None])
+    assert torch.allclose(*both, atol=1e-6)
+    for y, inputs in zip(both, (ours, theirs)):
+        gradients.append(torch.autograd.grad((y * wanted).sum(), [inputs, conv.weight, conv.bias]))
+    for a, b in zip(*gradients):
+        assert torch.allclose(a, b, atol=1e-5)
     for stride in (1, 2):
         theirs = F.conv1d(x.transpose(1, 2), deep.weight.T[:, None], groups=4, padding=1, stride=stride).transpose(1, 2)
         assert torch.allclose(deep(model.shifted(x, stride)), theirs, atol=1e-6)
@@ -225,6 +240,28 @@ def test_quality_branches_start_apart_so_that_the_joint_score_has_a_gradient():
 def test_windows_and_ranges_must_agree():
     with pytest.raises(ValueError, match="2 windows for 3"):
         small_detector(windows=(5, 5))
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns."""
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.size = max([self.size, *(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))])
+        return result
+
+
+def test_detection_of_a_long_video_needs_memory_in_proportion_to_its_length():
+    detector, sizes = small_detector(windows=(5, 5, 5)).eval(), []
+    for T in (10_000, 100_000):
+        with Largest() as largest, torch.no_grad():
+            outputs = detector(torch.randn(1, T, 6), torch.ones(1, T, dtype=torch.bool))
+            evaluate.suppress(outputs, settings())
+        sizes.append(largest.size)
+    assert outputs.mask.sum() == 175_000
+    assert sizes[0] > 10_000
+    assert sizes[1] < 10.1 * sizes[0]
 
 
 def assign_by_hand(points, segments, labels, K, radius=1.5):
@@ -734,6 +771,36 @@ def test_batches_are_padded_to_their_longest_video_only():
     assert not batch["feats"][~batch["mask"]].any()
 
 
+def test_every_video_is_seen_once_a_pass_beside_one_of_like_length():
+    videos = [data.Video(f"v{T}", None, "", None, T, 1.0, False) for T in range(100, 900, 100)]
+    plan = data.plan_batches(videos, settings("--length-noise", 0), 8, 2, np.random.default_rng(0))
+    for batches in (plan[:4], plan[4:]):
+        assert sorted(i for batch in batches for i, _ in batch) == list(range(8))
+        assert {tuple(sorted(i for i, _ in batch)) for batch in batches} == {(0, 1), (2, 3), (4, 5), (6, 7)}
+    assert [i for batch in plan[:4] for i, _ in batch] != [i for batch in plan[4:] for i, _ in batch]
+    assert len({seed for batch in plan for _, seed in batch}) == 16
+    odd = data.plan_batches(videos[:3], settings(), 2, 2, np.random.default_rng(0))
+    assert {i for batch in odd for i, _ in batch} == {0, 1, 2}
+
+
+@needs_shared
+def test_batches_of_thumos_lengths_hold_little_padding():
+    lengths = json.loads((SHARED / "data/thumos14/i3d_feature_lengths.json").read_text())
+    videos = [data.Video(name, None, "", None, min(v["feature_length"], 2304), 1.0, False)
+              for name, v in lengths.items() if "validation" in name]
+    s = settings("--dataset", "thumos")
+    plan = data.plan_batches(videos, s, len(videos) // 2, 2, np.random.default_rng(0))
+    computed = sum(2 * max(videos[i].steps for i, _ in batch) for batch in plan)
+    assert computed < 1.25 * sum(v.steps for v in videos)
+
+
+def test_loading_ahead_keeps_the_order_and_passes_errors_on():
+    assert list(data.ahead(lambda n: n * n, range(7))) == [0, 1, 4, 9, 16, 25, 36]
+    assert list(data.ahead(len, [])) == []
+    with pytest.raises(ZeroDivisionError):
+        list(data.ahead(lambda n: 1 / n, [2, 1, 0, 1]))
+
+
 @needs_shared
 def test_thumos_annotations_and_real_clips_open(tmp_path):
     clips = SHARED / "data/thumos14/clips"
@@ -1128,6 +1195,22 @@ def test_stage_3_starts_from_a_shared_stage_2(own, capsys):
     refused(own_argv(own, "--start", own / "a/checkpoint.pt"), capsys, "end of stage 2")
 
 
+def test_two_processes_with_half_the_batch_follow_one(own):
+    more = ("--theta-l", 0.0, "--log-every", 1, "--drop-path", 0.1)
+    assert train.main(own_argv(own, *more, "--batch", 2, "--out", own / "one")) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", HERE / "train.py"]
+    argv = own_argv(own, *more, "--batch", 1, "--out", own / "two")
+    done = subprocess.run([*launch, *argv], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    one, two = ([json.loads(line) for line in (own / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    losses = lambda rows: [row["loss"] for row in rows if "loss" in row]
+    assert len(losses(one)) == len(losses(two)) > 12
+    assert losses(one) == pytest.approx(losses(two), rel=1e-3)
+    assert {row["stage"] for row in two if "loss" in row} == set(train.STAGES)
+    mine, other = (json.loads((own / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert mine["average_mAP"] == pytest.approx(other["average_mAP"], abs=0.02)
+
+
 # ---- Bad input: one sentence, exit 2, nothing half-written ----------------------------------------------------------
 
 def refused(argv, capsys, *words):
@@ -1278,7 +1361,8 @@ def test_every_equation_has_one_home_and_the_readme_names_it():
 
 def test_imports_run_one_way_and_importing_does_nothing():
     allowed = {"data": set(), "model": {"icd"}, "alqa": {"model"}, "icd": set(), "acp": set(), "evaluate": {"alqa", "data", "model"},
-               "train": {"acp", "alqa", "data", "evaluate", "icd", "model"}}
+               "train": {"acp", "alqa", "data", "evaluate", "icd", "model"},
+               "bench": {"acp", "data", "evaluate", "model", "train"}}  # nothing imports it
     for name, ours in allowed.items():
         tree = ast.parse((HERE / f"{name}.py").read_text())
         imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)} | {
@@ -1289,7 +1373,7 @@ def test_imports_run_one_way_and_importing_does_nothing():
             assert isinstance(node, (*kind, ast.Expr)) or "__main__" in ast.dump(node), (name, node.lineno)
 
 
-@pytest.mark.parametrize("name", ["model", "alqa", "icd", "acp", "data", "evaluate", "train"])
+@pytest.mark.parametrize("name", ["model", "alqa", "icd", "acp", "data", "evaluate", "train", "bench"])
 def test_nothing_refers_to_what_is_defined_below_it(name):
     body = ast.parse((HERE / f"{name}.py").read_text()).body
     line = {node.name: node.lineno for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
