@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from model import tiou, tnd
 
-THRESHOLDS = ("mean+std", "mean", "fixed")  # theta_h of Eq. (6); fixed is the paper's baseline
+THRESHOLDS = ("mean+std", "mean", "fixed", "frequency")  # theta_h of Eq. (6); fixed is the paper's baseline, frequency NPL's
 SCOPES = ("video", "dataset", "class")      # what the mean and std of theta_h are taken over
 
 
@@ -119,6 +119,23 @@ def without_repeats(detections, overlap):
 
 
 @torch.no_grad()
+def rerank(detections, overlap):
+    """A video's detections with class scores reranked as NPL [53] does, the comparator of Table 1: reconstructed from a sentence of
+    the paper, no code being public.
+
+    A detection's "scores" is multiplied by exp(-d / length), d the standard deviation of the starts and ends of the detections of
+    its class whose tIoU with it is over `overlap`, weighted by their scores."""
+    segments, labels, scores = (detections[key] for key in ("segments", "labels", "scores"))
+    near = (tiou(segments[:, None], segments) > overlap) & (labels[:, None] == labels)
+    weight = near * scores + 1e-12 * torch.eye(len(scores))
+    weight = weight / weight.sum(1, keepdim=True)
+    apart = segments - segments[:, None]  # (N, N, 2)
+    mean = (weight[..., None] * apart).sum(1, keepdim=True)
+    d = (weight[..., None] * (apart - mean) ** 2).sum((1, 2)).sqrt()
+    return detections | {"scores": scores * torch.exp(-d / (segments[:, 1] - segments[:, 0]).clamp(min=1e-6))}
+
+
+@torch.no_grad()
 def select(detections, theta_l, threshold, theta_fixed, scope):
     """Eq. (6): U+ = {s_i >= theta_h}, U_can = {theta_l < s_i < theta_h}, theta_h = mean(s) + std(s) over s > theta_l.
 
@@ -127,15 +144,20 @@ def select(detections, theta_l, threshold, theta_fixed, scope):
     The form of the sum, the population std and >= are not given in the paper: with two instances the unbiased std never
     selects one. `scope` says what the statistics are over: each video, the dataset, each class of it. `threshold` "mean"
     leaves the std out, "fixed" sets theta_h = theta_fixed: the fixed case of Fig. 3(c), and without quality branches, where the
-    joint score is the class score, the baseline of Tab. 3(a)."""
+    joint score is the class score, the baseline of Tab. 3(a). "frequency", for NPL, lowers theta_fixed for rare classes as FlexMatch
+    does (Zhang et al. 2021): theta_fixed * f / (2 - f), f the class's share of the most frequent class's detections."""
     records = [{key: value[d["scores"] > theta_l] for key, value in d.items()} for d in detections]
 
     def theta(s):
         if threshold == "fixed" or len(s) == 0:
             return theta_fixed if threshold == "fixed" else 1.0
+        if threshold == "frequency":
+            f = len(s) / int(labels.bincount().max())
+            return theta_fixed * f / (2 - f)
         return float(s.double().mean() + (s.double().std(correction=0) if threshold == "mean+std" else 0))
 
     scores, labels = (torch.cat([r[key] for r in records]) if records else torch.zeros(0) for key in ("scores", "labels"))
+    scope = "class" if threshold == "frequency" else scope
     theta_h = {"video": lambda: [theta(r["scores"]) for r in records], "dataset": lambda: [theta(scores)] * len(records),
                "class": lambda: {c: theta(scores[labels == c]) for c in labels.unique().tolist()}}[scope]()
     for number, r in enumerate(records):

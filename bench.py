@@ -5,9 +5,10 @@
     python bench.py epoch detection --lengths i3d_feature_lengths.json
     python bench.py map --detections detections.npz --gt thumos14.json
 
-Times are medians of --repeat runs. "share" is the rate of the part's matrix products, counted by torch, over the rate of a
-2048 x 2048 x 2048 product run right before and after. "peak" is what the process grew by. Random features throughout; lengths
-and detections of THUMOS14 are read where a file is given, else drawn to its numbers.
+Times are medians of --repeat runs; whole epochs and detections run once. "share" is the rate of the part's matrix products, counted by
+torch (on CPUs without those within attention), over the rate of a 2048 x 2048 x 2048 product run right before and after. "peak" is
+what the process grew by. Random features throughout; lengths and detections of THUMOS14 are read where a file is given, else drawn to
+its numbers.
 """
 import argparse
 import json
@@ -42,12 +43,12 @@ def clock(work, device):
 
 
 def product_rate(device, precision, seconds=0.5):
-    """FLOP/s of a 2048 x 2048 x 2048 matrix product, run for so long."""
+    """FLOP/s of a 2048 x 2048 x 2048 matrix product, run for so long, ten between two looks at the clock."""
     a = torch.randn(2048, 2048, device=device, dtype=getattr(torch, precision))
     count, spent = 0, 0.0
     while spent < seconds:
-        spent += clock(lambda: a @ a, device)
-        count += 1
+        spent += clock(lambda: [a @ a for _ in range(10)], device)
+        count += 10
     return 2 * 2048 ** 3 * count / spent
 
 
@@ -140,11 +141,11 @@ def step_row(device, precision, T, repeat):
         rng = next(train.epochs(run, "supervised", 1, 10 ** 6))
         batch = next(data.training_batches(run.data.labelled, run.data, run.s, 1, rng))
 
-        def step():
+        def one_step():
             sup = train.batch_losses(run, batch, train.ground_truth(batch), 0)
             train.train_icd(run, batch)
             train.advance(run, train.objective(sup, None, run.s), {})
-        return {"part": "step", "size": f"2 x {T}, {precision}"} | against_product(step, device, precision, repeat)
+        return {"part": "step", "size": f"2 x {T}, {precision}"} | against_product(one_step, device, precision, repeat)
 
 
 def forward_row(device, precision, T, repeat):
@@ -197,22 +198,21 @@ def detection_row(device, precision, lengths):
     with tempfile.TemporaryDirectory() as out:
         run = new_run(random_dataset([64, 64], lengths), device, precision, out)
         order = sorted(run.data.test, key=lambda v: v.steps)
-        rows, spent, before = [], {"forward": 0.0, "suppress": 0.0}, product_rate(device, precision)
-        run.detector.eval()
-        for at in range(0, len(order), run.s.batch):
-            batch = data.collate([data.load_item(v, run.data, run.s) for v in order[at:at + run.s.batch]])
-            result = []
-            with torch.no_grad(), count_flops() as counter:
-                forward = clock(lambda b=batch, r=result: r.append(evaluate.forward(run.detector, b, run.s, run.device)), device)
-            with torch.no_grad():
-                suppress = clock(lambda r=result: evaluate.suppress(r[0], run.s), device)
-            spent = {"forward": spent["forward"] + forward, "suppress": spent["suppress"] + suppress}
-            after = product_rate(device, precision, 0.1)
-            rows.append((counter.get_total_flops(), counter.get_total_flops() / ((before + after) / 2)))
-            before = after
         whole = clock(lambda: evaluate.detect(run.detector, run.data.test, run.data, run.s, run.device), device)
+        ideal, spent, suppress, before = 0.0, 0.0, 0.0, product_rate(device, precision)
+        for at in range(0, len(order), run.s.batch):
+            batch, result = data.collate([data.load_item(v, run.data, run.s) for v in order[at:at + run.s.batch]]), []
+            forward = lambda b=batch, r=result: r.append(evaluate.forward(run.detector, b, run.s, run.device))
+            with torch.no_grad():
+                with count_flops() as counter:
+                    forward()
+                spent += clock(forward, device)
+                suppress += clock(lambda r=result: evaluate.suppress(r[0], run.s), device)
+            after = product_rate(device, precision, 0.1)
+            ideal += counter.get_total_flops() / ((before + after) / 2)
+            before = after
     return {"part": "detection", "size": f"{len(lengths)} videos, {precision}", "seconds": whole, "videos_a_second": len(lengths) / whole,
-            "share": sum(ideal for _, ideal in rows) / spent["forward"], "suppress_part": spent["suppress"] / spent["forward"]}
+            "share": ideal / spent, "suppress_part": suppress / spent}
 
 
 def detection(args):
@@ -332,7 +332,7 @@ def loading_row(device, T, repeat):
 
 
 def loading(args):
-    """Reading features from disk."""
+    """Reading features from a file that the system has just seen."""
     for T in (2304, 16384, 65536):
         yield in_child(loading_row, "cpu", T, args.repeat)
 

@@ -443,15 +443,17 @@ def ahead(load, plans):
 
 
 def plan_batches(videos, s, steps, size, rng):
-    """`steps` batches of `size` (index of a video, seed of its crop). Every video is seen before one is seen again, but for those
-    that fill a pass's last batch. Videos of like length share a batch, which saves padding: they are sorted by their length,
-    randomly changed by a factor of about exp(+-s.length_noise)."""
+    """`steps` batches of `size` (index of a video, seed of its crop). Videos of like length share a batch, which saves padding: in
+    each pass over all videos they are sorted by their length, randomly changed by a factor of about exp(+-s.length_noise), and cut
+    into batches. Where the last would be short, two neighbours overlap, anywhere; fewer videos than `size` are repeated."""
     length = np.log([min(v.steps, s.max_steps) for v in videos])
-    batches, passes = [], -(-len(videos) // size) * size
+    batches, count = [], -(-len(videos) // size)
     while len(batches) < steps:
-        order = np.concatenate([rng.permutation(len(videos)) for _ in range(-(-passes // len(videos)))])[:passes]
-        order = order[np.argsort(length[order] + s.length_noise * rng.normal(size=passes), kind="stable")]
-        batches += [list(zip(batch, rng.integers(2 ** 63, size=size))) for batch in rng.permutation(order.reshape(-1, size))]
+        order = np.argsort(length + s.length_noise * rng.normal(size=len(videos)))
+        order = np.resize(order, max(len(order), size))
+        starts = size * np.arange(count)
+        starts[rng.integers(1, max(count, 2)):] -= count * size - len(order)
+        batches += [list(zip(order[start:start + size], rng.integers(2 ** 63, size=size))) for start in rng.permutation(starts)]
     return batches[:steps]
 
 

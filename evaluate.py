@@ -30,10 +30,8 @@ def place():
 
 
 def join(device):
-    """Join the processes that torchrun started, each on a device of its own; without torchrun nothing happens."""
+    """Join the processes that torchrun started; without torchrun nothing happens."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if device.startswith("cuda"):
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
 
@@ -316,8 +314,14 @@ def read_checkpoint(path):
 
 
 def pick_device(name):
-    """The device of that name, "auto" being cuda where there is one, else cpu; raises BadInput if it cannot be used."""
+    """The device of that name, "auto" being cuda where there is one, else cpu; raises BadInput if it cannot be used. Under torchrun
+    "cuda" is a device of its own for each process."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name.startswith("cuda") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        rank, number = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if name != "cuda" or rank >= number:
+            raise BadInput(f"--device {name} under torchrun: each process needs a device of its own, cuda, and {number} are here")
+        torch.cuda.set_device(rank)
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:

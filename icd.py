@@ -14,6 +14,7 @@ from torch import nn
 STATUS = ("kept", "dropped", "mined", "candidate")
 KEPT, DROPPED, MINED, CANDIDATE = range(4)
 REFINEMENTS = ("none", "eap", "mpp", "eap+mpp")
+BOUNDS = ("fixed", "adaptive")
 
 
 def pool_instances(feats, segments, pool):
@@ -106,19 +107,43 @@ def similarity(D, feats, labels, bank):
     return s
 
 
-@torch.no_grad()
-def refine_pseudo_labels(record, D, bank, feats, pool, theta_drop, theta_mine, switches):
-    """Sec. 3.2: what becomes of a video's detections that ALQA selected. feats (T, D) are the video's raw input features.
+def split_in_three(s):
+    """The two bounds that cut similarities s (N,) into three groups of least squared error (Otsu 1979 with three classes).
 
-    1) Score: "similarity" (N,) of each to the labelled instances of its class, NaN where there are none. 2) EAP drops the
-    ambiguous positives, s < theta_drop. 3) MPP mines the potential positives, candidates with s > theta_mine. Where s is NaN
-    positives stay and none is mined. `switches` is one of REFINEMENTS. Adds "similarity" and "status" (N,), an index into
-    STATUS, to the record in the place of "positive"."""
-    s = similarity(D, pool_instances(feats, record["segments"], pool), record["labels"], bank).cpu()
-    positive = record.pop("positive")
-    status = torch.where(positive, KEPT, CANDIDATE)
-    if "eap" in switches:
-        status[positive & (s < theta_drop)] = DROPPED
-    if "mpp" in switches:
-        status[~positive & (s > theta_mine)] = MINED
-    record |= {"similarity": s, "status": status}
+    Returns (lower, upper), each midway between two neighbours; (0, 1), which drop and mine nothing, where s has fewer than three
+    distinct values."""
+    x = s.double().sort().values
+    n, total = torch.arange(len(x) + 1), F.pad(x.cumsum(0), (1, 0))  # of the first n
+    if len(x.unique()) < 3:
+        return 0.0, 1.0
+    first, last = torch.meshgrid(n[1:-1], n[1:-1], indexing="ij")  # where the second and the third group begin
+    parts = ((first, total[first]), (last - first, total[last] - total[first]), (n[-1] - last, total[-1] - total[last]))
+    explained = sum(sums ** 2 / sizes for sizes, sums in parts).masked_fill(last <= first, -torch.inf)
+    best = int(explained.argmax())
+    return tuple(float(x[i - 1:i + 1].mean()) for i in (int(first.flatten()[best]), int(last.flatten()[best])))
+
+
+@torch.no_grad()
+def compare(record, D, bank, feats, pool):
+    """Add the "similarity" (N,) to a video's detections, NaN for a class without labelled instances; feats (T, D) are the video's raw
+    input features."""
+    record["similarity"] = similarity(D, pool_instances(feats, record["segments"], pool), record["labels"], bank).cpu()
+
+
+def refine_pseudo_labels(records, theta_drop, theta_mine, switches, bounds):
+    """Sec. 3.2: what becomes of the detections of all videos that ALQA selected and compare() compared.
+
+    EAP drops the ambiguous positives, s < theta_drop; MPP mines the potential positives, candidates with s > theta_mine. Where s
+    is NaN positives stay and none is mined. `switches` is one of REFINEMENTS. `bounds` "adaptive" answers the paper's future work
+    (Sec. 5): each class has its own two thresholds, where split_in_three() cuts its similarities. Puts "status" (N,), an index
+    into STATUS, in the place of "positive"."""
+    labels, s = (torch.cat([r[key] for r in records]) if records else torch.zeros(0) for key in ("labels", "similarity"))
+    split = {c: split_in_three(s[(labels == c) & ~s.isnan()]) for c in labels.unique().tolist()} if bounds == "adaptive" else {}
+    for r in records:
+        pair = torch.tensor([split.get(c, (theta_drop, theta_mine)) for c in r["labels"].tolist()], dtype=torch.float64).reshape(-1, 2)
+        positive = r.pop("positive")
+        r["status"] = torch.where(positive, KEPT, CANDIDATE)
+        if "eap" in switches:
+            r["status"][positive & (r["similarity"].double() < pair[:, 0])] = DROPPED
+        if "mpp" in switches:
+            r["status"][~positive & (r["similarity"].double() > pair[:, 1])] = MINED

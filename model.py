@@ -395,7 +395,7 @@ def soft_nms(segments, scores, groups, sigma, min_score, max_num):
     if not kept:
         return order[:0], scores[:0]
     row, at, best = (torch.from_numpy(np.concatenate(x)).to(scores.device) for x in zip(*kept))
-    enough = best >= min_score
+    enough = (best >= min_score) & (best > 0)  # 0 marks what is taken
     best, order = best[enough].sort(descending=True, stable=True)
     return index[row, at][enough][order], best
 

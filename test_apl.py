@@ -24,6 +24,7 @@ import data
 import evaluate
 import icd
 import model
+import tables
 import train
 
 HERE = Path(__file__).parent
@@ -328,6 +329,13 @@ def test_soft_nms_against_a_loop():
     assert torch.allclose(decayed, torch.tensor([v for v, _ in expected], dtype=decayed.dtype))
 
 
+def test_soft_nms_gives_each_detection_once_even_where_scores_vanish():
+    segments, scores = torch.tensor([[0.0, 10.0]]).expand(120, 2), torch.rand(120)
+    index, decayed = model.soft_nms(segments, scores, torch.zeros(120, dtype=torch.long), 0.5, 0.0, 200)
+    assert len(index.unique()) == len(index)
+    assert decayed.min() > 0
+
+
 def test_soft_nms_of_nothing():
     for scores in (torch.zeros(0), torch.tensor([0.0001])):
         index, decayed = model.soft_nms(torch.zeros(len(scores), 2), scores, torch.zeros(len(scores), dtype=torch.long), 0.5, 0.001, 5)
@@ -422,6 +430,21 @@ def test_selection_scopes_and_thresholds():
     assert alqa.select([], 0.15, "mean", 0.3, "dataset") == ([], [])
 
 
+def test_thresholds_by_class_frequency_are_lower_for_rare_classes():
+    d = detections(0.9, 0.2, 0.5, 0.11, 0.3, labels=[0, 0, 0, 0, 1])
+    (r,), theta = alqa.select([d], 0.1, "frequency", 0.3, "video")
+    assert theta == pytest.approx([0.3, 0.3 * 0.25 / 1.75])
+    assert r["positive"].tolist() == [True, False, True, False, True]
+
+
+def test_reranking_lowers_what_is_spread_over_its_length():
+    d = {"segments": torch.tensor([[0.0, 10.0], [0.0, 14.0], [50.0, 60.0], [0.0, 10.0]]), "labels": torch.tensor([0, 0, 0, 1]),
+         "scores": torch.tensor([0.5, 0.5, 0.8, 0.4])}
+    scores = alqa.rerank(d, 0.5)["scores"].tolist()
+    assert scores == pytest.approx([0.5 * math.exp(-2 / 10), 0.5 * math.exp(-2 / 14), 0.8, 0.4], rel=1e-4)
+    assert len(alqa.rerank({k: v[:0] for k, v in d.items()}, 0.5)["scores"]) == 0
+
+
 def test_repeats_are_removed_within_their_class():
     d = {"segments": torch.tensor([[0.0, 9.0], [0.0, 10.0], [0.0, 10.0], [8.0, 20.0], [0.0, 8.0]]), "labels": torch.tensor([0, 0, 1, 0, 0]),
          "scores": torch.tensor([0.5, 0.9, 0.4, 0.3, 0.2])}
@@ -481,17 +504,39 @@ def test_refinement_drops_and_mines():
     b = {"feats": torch.zeros(1, 1), "labels": torch.tensor([0])}  # class 1 has no labelled instance: similarity NaN
     D = lambda a, _: torch.logit(a[:, 0])
 
-    def words(switches):
+    def words(*how):
         r = {"segments": torch.arange(6.0)[:, None].expand(6, 2), "labels": torch.tensor([0, 0, 1, 0, 0, 1]),
              "positive": torch.tensor([True, True, True, False, False, False])}
-        icd.refine_pseudo_labels(r, D, b, s[:, None], "max", 0.3, 0.7, switches)
+        icd.compare(r, D, b, s[:, None], "max")
+        icd.refine_pseudo_labels([r], 0.3, 0.7, *how)
         assert r["similarity"].isnan().tolist() == [False, False, True, False, False, True]
         assert "positive" not in r
         return [icd.STATUS[i] for i in r["status"]]
-    assert words("eap+mpp") == ["dropped", "kept", "kept", "mined", "candidate", "candidate"]
-    assert words("eap") == ["dropped", "kept", "kept", "candidate", "candidate", "candidate"]
-    assert words("mpp") == ["kept", "kept", "kept", "mined", "candidate", "candidate"]
-    assert words("none") == ["kept", "kept", "kept", "candidate", "candidate", "candidate"]
+    assert words("eap+mpp", "fixed") == ["dropped", "kept", "kept", "mined", "candidate", "candidate"]
+    assert words("eap", "fixed") == ["dropped", "kept", "kept", "candidate", "candidate", "candidate"]
+    assert words("mpp", "fixed") == ["kept", "kept", "kept", "mined", "candidate", "candidate"]
+    assert words("none", "fixed") == ["kept", "kept", "kept", "candidate", "candidate", "candidate"]
+
+
+def test_adaptive_thresholds_are_the_best_cut_in_three():
+    s = torch.rand(12)
+    x = sorted(s.tolist())
+    error = lambda part: sum((v - np.mean(part)) ** 2 for v in part)
+    cuts = {(i, j): error(x[:i]) + error(x[i:j]) + error(x[j:]) for i in range(1, 11) for j in range(i + 1, 12)}
+    i, j = min(cuts, key=cuts.get)
+    assert icd.split_in_three(s) == pytest.approx(((x[i - 1] + x[i]) / 2, (x[j - 1] + x[j]) / 2))
+    assert icd.split_in_three(torch.tensor([0.1, 0.5, 0.9])) == pytest.approx((0.3, 0.7))
+    for few in ([], [0.5], [0.2, 0.2, 0.6, 0.6]):
+        assert icd.split_in_three(torch.tensor(few)) == (0, 1)
+
+
+def test_adaptive_refinement_has_the_thresholds_of_each_class():
+    low, high = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.7, 0.8, 0.9])
+    positive = torch.tensor([True, True, False])
+    records = [{"labels": torch.full((3,), c), "similarity": s, "positive": positive.clone()} for c, s in ((0, low), (1, high))]
+    icd.refine_pseudo_labels(records, 0.3, 0.7, "eap+mpp", "adaptive")
+    assert [[icd.STATUS[i] for i in r["status"]] for r in records] == [["dropped", "kept", "mined"]] * 2
+    icd.refine_pseudo_labels([], 0.3, 0.7, "eap+mpp", "adaptive")
 
 
 def test_pooling_takes_steps_inside_or_the_nearest():
@@ -781,6 +826,8 @@ def test_every_video_is_seen_once_a_pass_beside_one_of_like_length():
     assert len({seed for batch in plan for _, seed in batch}) == 16
     odd = data.plan_batches(videos[:3], settings(), 2, 2, np.random.default_rng(0))
     assert {i for batch in odd for i, _ in batch} == {0, 1, 2}
+    assert all(len({i for i, _ in batch}) == 2 for batch in data.plan_batches(videos[:5], settings(), 30, 2, np.random.default_rng(0)))
+    assert [[i for i, _ in batch] for batch in data.plan_batches(videos[:1], settings(), 1, 3, np.random.default_rng(0))] == [[0, 0, 0]]
 
 
 @needs_shared
@@ -1023,6 +1070,24 @@ def test_rejected_instances_are_masked_or_background(run):
     assert float(background["cls"].detach()) == pytest.approx(float(loss["kept"]["cls"].detach()), rel=1e-6)
 
 
+def test_mixup_mixes_the_input_and_the_losses(run):
+    batch = data.collate([data.load_item(v, run.data, run.s) for v in run.data.labelled[:2]])
+    mixed, lam = train.mix(batch, 0.4)
+    assert 0 <= lam <= 1
+    assert torch.allclose(mixed["feats"][0], lam * batch["feats"][0] + (1 - lam) * batch["feats"][1])
+    assert mixed["mask"].all()
+    run.detector.eval(), torch.manual_seed(0)
+    run.s = settings(*own_argv(Path(run.s.dataset).parent, "--mixup", 0.4, "--acp", "none"))
+    truth = train.ground_truth(batch)
+    together = train.batch_losses(run, batch, truth, 0)
+    torch.manual_seed(0)
+    mixed, lam = train.mix(batch, 0.4)
+    outputs = evaluate.forward(run.detector, mixed, run.s, run.device)
+    first, second = (train.point_losses(run, outputs, instances, 0) for instances in (truth, truth[::-1]))
+    for key in ("cls", "reg", "positives"):
+        assert together[key].item() == pytest.approx((lam * first[key] + (1 - lam) * second[key]).item(), rel=1e-5)
+
+
 def test_averaged_weights_follow_fast_at_first(run):
     run.stage, run.total, run.clock = "supervised", 10, (0, time.time())
     run.optimizer = train.make_optimizer(run.detector, run.s)
@@ -1185,6 +1250,17 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(own, stage):
     assert loss("whole") == loss("killed")
 
 
+def test_later_stages_start_from_a_shared_one(own, capsys):
+    assert train.main(own_argv(own, "--stage", "pretrain", "--out", own / "one")) == 0
+    assert not (own / "one/metrics.json").exists()
+    more = ("--start", own / "one/checkpoint.pt", "--quality-form", "kl")
+    assert train.main(own_argv(own, *more, "--out", own / "kl")) == 0
+    assert train.main(own_argv(own, "--quality-form", "kl", "--out", own / "whole")) == 0
+    assert same(weights(own / "kl"), weights(own / "whole"))
+    capsys.readouterr()
+    refused(own_argv(own, *more, "--acp-tau", 0.2, "--out", own / "c"), capsys, "another configuration", "acp_tau")
+
+
 def test_stage_3_starts_from_a_shared_stage_2(own, capsys):
     assert train.main(own_argv(own, "--stage", "supervised", "--out", own / "two")) == 0
     assert train.main(own_argv(own, "--start", own / "two/checkpoint.pt", "--out", own / "a")) == 0
@@ -1192,15 +1268,15 @@ def test_stage_3_starts_from_a_shared_stage_2(own, capsys):
     assert same(weights(own / "a"), weights(own / "b"))
     assert train.main(own_argv(own, "--start", own / "two/checkpoint.pt", "--threshold", "fixed", "--out", own / "c")) == 0
     capsys.readouterr()
-    refused(own_argv(own, "--start", own / "a/checkpoint.pt"), capsys, "end of stage 2")
+    refused(own_argv(own, "--start", own / "a/checkpoint.pt"), capsys, "not at the end of stage 1 or 2")
 
 
 def test_two_processes_with_half_the_batch_follow_one(own):
-    more = ("--theta-l", 0.0, "--log-every", 1, "--drop-path", 0.1)
-    assert train.main(own_argv(own, *more, "--batch", 2, "--out", own / "one")) == 0
+    more = ("--theta-l", 0.0, "--log-every", 1, "--drop-path", 0.1, "--acp-after", "labelled+unlabelled", "--ratio", 0.5)
+    assert train.main(own_argv(own, *more, "--batch", 4, "--out", own / "one")) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", HERE / "train.py"]
-    argv = own_argv(own, *more, "--batch", 1, "--out", own / "two")
-    done = subprocess.run([*launch, *argv], capture_output=True, text=True, check=False)
+    argv = own_argv(own, *more, "--batch", 2, "--out", own / "two")
+    done = subprocess.run([*launch, *argv], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     one, two = ([json.loads(line) for line in (own / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
     losses = lambda rows: [row["loss"] for row in rows if "loss" in row]
@@ -1209,6 +1285,55 @@ def test_two_processes_with_half_the_batch_follow_one(own):
     assert {row["stage"] for row in two if "loss" in row} == set(train.STAGES)
     mine, other = (json.loads((own / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert mine["average_mAP"] == pytest.approx(other["average_mAP"], abs=0.02)
+
+
+# ---- tables.py ------------------------------------------------------------------------------------------------------
+
+def table_argv(own, *more):
+    argv = own_argv(own, "--theta-l", 0.0, *more)
+    del argv[argv.index("--out"):argv.index("--out") + 2]
+    return [*argv, "--runs", str(own / "tables"), "--seeds", "2"]
+
+
+def test_tables_share_stages_resume_and_print_markdown(own, capsys, monkeypatch):
+    assert tables.main(["3a", "3b", *table_argv(own)]) == 0
+    text = capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0][2:] for row in rows] == ["row", "---", *(name for name, _, _ in tables.ROWS["3a"]), "row", "---",
+                                                         *(name for name, _, _ in tables.ROWS["3b"])]
+    assert len({row.count("|") for row in rows[:6]}) == 1
+    stages = [path.name.split("-")[0] for path in (own / "tables").iterdir()]
+    assert {stage: stages.count(stage) for stage in set(stages)} == {"pretrain": 2, "supervised": 2 * 5, "all": 2 * 7}
+    monkeypatch.setattr(train, "main", None)  # nothing is trained again
+    assert tables.main(["3a", "3b", *table_argv(own)]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")] == rows
+
+
+@pytest.mark.parametrize("name", [*tables.ROWS, "S2"])
+def test_every_row_of_the_tables_is_a_command_of_train(own, name):
+    for row in tables.ROWS.get(name, tables.PROBES.get(name)):
+        assert train.parse_settings([*own_argv(own), *row[-1].split()])
+
+
+def test_the_probe_tells_classes_and_the_supervised_row_needs_no_stage_3(own, capsys):
+    assert tables.main(["S2", *table_argv(own, "--seeds", "1,")]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    assert [row[0][2:] for row in rows] == [name for name, *_ in tables.PROBES["S2"]]
+    assert float(rows[0][2].split()[0]) > 80  # the made-up features shift a column by three inside each action
+    x = torch.randn(300, 3)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+    W = tables.logistic_regression(x, y, 3)
+    assert ((x @ W[:-1] + W[-1]).argmax(1) == y).float().mean() > 0.7
+    assert tables.main(["S6"]) == 0
+    assert "26,016,768" in capsys.readouterr().out
+
+
+def test_tables_refuse_what_they_do_not_know(own, capsys):
+    assert tables.main(["7", *table_argv(own)]) == 2
+    assert tables.main(["3a", *table_argv(own, "--no-such-setting", 1)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        tables.main(["3a", *table_argv(own, "--splits", own / "absent.json")])
+    assert capsys.readouterr().err.count("error: ") == 3
 
 
 # ---- Bad input: one sentence, exit 2, nothing half-written ----------------------------------------------------------
@@ -1362,7 +1487,7 @@ def test_every_equation_has_one_home_and_the_readme_names_it():
 def test_imports_run_one_way_and_importing_does_nothing():
     allowed = {"data": set(), "model": {"icd"}, "alqa": {"model"}, "icd": set(), "acp": set(), "evaluate": {"alqa", "data", "model"},
                "train": {"acp", "alqa", "data", "evaluate", "icd", "model"},
-               "bench": {"acp", "data", "evaluate", "model", "train"}}  # nothing imports it
+               "bench": {"acp", "data", "evaluate", "model", "train"}, "tables": {"acp", "data", "evaluate", "model", "train"}}
     for name, ours in allowed.items():
         tree = ast.parse((HERE / f"{name}.py").read_text())
         imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)} | {
@@ -1373,7 +1498,7 @@ def test_imports_run_one_way_and_importing_does_nothing():
             assert isinstance(node, (*kind, ast.Expr)) or "__main__" in ast.dump(node), (name, node.lineno)
 
 
-@pytest.mark.parametrize("name", ["model", "alqa", "icd", "acp", "data", "evaluate", "train", "bench"])
+@pytest.mark.parametrize("name", ["model", "alqa", "icd", "acp", "data", "evaluate", "train", "bench", "tables"])
 def test_nothing_refers_to_what_is_defined_below_it(name):
     body = ast.parse((HERE / f"{name}.py").read_text()).body
     line = {node.name: node.lineno for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}

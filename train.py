@@ -30,7 +30,7 @@ import model
 from acp import ACP
 from alqa import SCOPES, THRESHOLDS
 from data import BadInput, ahead, blind, crop_segments, load_dataset, load_item, training_batches
-from icd import REFINEMENTS
+from icd import BOUNDS, REFINEMENTS
 from model import BRANCHES
 
 STAGES = ("pretrain", "supervised", "joint")
@@ -39,7 +39,7 @@ AFTER = ("none", "labelled", "labelled+unlabelled")  # the rows of Tab. S4
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
 
-RANGES = {"positive": (1e-12, 1e12), "not negative": (0, 1e12), "a share": (0, 1), "finite": (-1e12, 1e12)}
+RANGES = {"positive": (1e-12, 1e12), "not negative": (0, 1e12), "a share": (0, 1), "a share below 1": (0, 0.999), "finite": (-1e12, 1e12)}
 
 
 def of(default, comment, allowed="not negative"):
@@ -79,7 +79,7 @@ class Settings:
     windows: str = of("19", "attention window of all levels, or one a level with commas; 0: the whole sequence [A]")
     ranges: str = of("0:4,4:8,8:16,16:32,32:64,64:inf", "offsets that each level regresses, in grid steps [A]")
     stem: int = of(2, "transformer blocks at full length [A]")
-    drop_path: float = of(0.1, "stochastic depth [A]", "a share")
+    drop_path: float = of(0.1, "stochastic depth [A]", "a share below 1")
     position: bool = of(False, "add the absolute position [A: ActivityNet]")
     radius: float = of(1.5, "centre sampling, in strides [A]", "positive")
     # ALQA
@@ -94,11 +94,13 @@ class Settings:
     threshold: str = of("mean+std", "theta_h of Eq. (6) [J]; fixed: the paper's baseline", THRESHOLDS)
     theta_fixed: float = of(0.3, "theta_h of the fixed threshold [S]", "a share")
     repeat: float = of(0.5, "tIoU with a better pseudo label of the class, over which one is a repeat and removed; 1: none [J]", "a share")
+    rerank: bool = of(False, "rerank by the spread of overlapping boundaries, as NPL [53] does, reconstructed (Table 1)")
     scope: str = of("video", "what theta_h's statistics are over [J]", SCOPES)
     # ICD
     icd: str = of("eap+mpp", "drop ambiguous positives (eap), mine potential ones (mpp) [S]", REFINEMENTS)
     theta_drop: float = of(0.3, "positives of a smaller similarity are dropped [S]", "a share")
     theta_mine: float = of(0.7, "candidates of a larger similarity are mined [S]", "a share")
+    icd_bounds: str = of("fixed", "adaptive: thresholds of each class from its similarities, beyond the paper", BOUNDS)
     icd_pairs: int = of(10, "instances of the same class and of others, Eq. (7) [S]", "positive")
     icd_pool: str = of("max", "pooling over time [S: max]", ("max", "mean"))
     icd_hidden: int = of(128, "hidden width of Eq. (9) [S, by Tab. S6]", "positive")
@@ -121,6 +123,7 @@ class Settings:
     t_plus_momentum: float = of(0.9, "momentum of T+ [A]", "a share")
     rejected: str = of("masked", "detected and rejected instances in stage 3 [J]", ("masked", "background"))
     # training
+    mixup: float = of(0.0, "MixUp of the labelled videos of a batch (Table 1): alpha of Beta(alpha, alpha); 0: none")
     batch: int = of(2, "videos a step and process; in stage 3 as many labelled and as many unlabelled [S]", "positive")
     length_noise: float = of(0.3, "spread of the noise on log length by which videos are sorted into batches [J]")
     lr: float = of(1e-4, "learning rate of AdamW, cosine decay [S]", "positive")
@@ -145,8 +148,8 @@ class Settings:
     weights: str = of("ema", "weights that are reported first [J]", ("ema", "raw"))
     # run
     out: str = of("", "folder of everything that the run writes (default runs/<dataset>)")
-    stage: str = of("all", "supervised stops after stage 2 (ActF* of Table 1 with --alqa none --acp none)", ("all", "supervised"))
-    start: str = of("", "checkpoint of a finished stage 2 to begin stage 3 from")
+    stage: str = of("all", "last stage; supervised: ActF* of Table 1 with --alqa none --acp none", ("all", *STAGES[:2]))
+    start: str = of("", "checkpoint of a finished stage 1 or 2 to go on from")
     resume: bool = of(False, "go on from the checkpoint in --out, if there is one")
     audit: bool = of(False, "report the pseudo labels' quality; reads hidden labels for this only")
     precision: str = of("auto", "auto: bfloat16 where the hardware multiplies it fast", ("auto", "float32", "bfloat16"))
@@ -160,6 +163,8 @@ class Settings:
                 raise BadInput(f"setting {f.name} must be one of {', '.join(allowed)}, not {value!r}")
             if f.type in (int, float) and not RANGES[allowed][0] <= value <= RANGES[allowed][1]:
                 raise BadInput(f"setting {f.name} must be {allowed}, but is {value}")
+        if self.mixup and self.acp != "none" and self.acp_after != "none":
+            raise BadInput("setting mixup leaves no video whose steps have one class each: it needs acp or acp_after none")
         evaluate.parse_tious(self.tiou)
 
 
@@ -184,10 +189,13 @@ PRESETS = {
     "epic-noun": EPIC,
 }
 
-# What may differ between a checkpoint and the run that goes on from it: where and how loud, and with --start stage 3 alone.
+# What may differ between a checkpoint and the run that goes on from it: where and how loud, and with --start the later stages.
 RUN = {"out", "stage", "start", "resume", "audit", "device", "log_every", "weights"}
 JOINT = {"theta_l", "threshold", "theta_fixed", "repeat", "scope", "icd", "theta_drop", "theta_mine", "rejected", "joint_epochs",
-         "refresh", "pseudo_weights", "lambda_u"}
+         "refresh", "pseudo_weights", "lambda_u", "rerank", "icd_bounds"}
+SUPERVISED = {"quality_form", "eps", "beta", "focal_alpha", "focal_gamma", "icd_pool", "icd_pairs", "icd_steps", "acp_after", "lambda_reg",
+              "lambda_quality", "lambda_acp", "mixup", "supervised_epochs", "supervised_steps"}
+LATER = {"pretrain": SUPERVISED | JOINT, "supervised": JOINT, "all": set()}  # what a run that ends after a stage does not depend on
 
 
 # ---- Eq. (12) and one step ------------------------------------------------------------------------------------------
@@ -211,14 +219,17 @@ def contrast(run, batch, outputs, instances):
                         s.acp_steps, s.acp_clusters, s.acp_tau, run.generator, s.acp_restarts, evaluate.gather, *evaluate.place())
 
 
-def batch_losses(run, batch, instances, branch):
-    """The terms of L_x of a batch. branch 0 is labelled, 1 unlabelled, each with its own running mean T+.
+def mix(batch, alpha):
+    """MixUp (Zhang et al. 2017) of each video with the one opposite in the batch: lam * x + (1 - lam) * x', lam ~ Beta(alpha, alpha)
+    -> (the batch, lam). The losses are mixed alike, which mixes the targets."""
+    lam = float(torch.distributions.Beta(alpha, alpha).sample())
+    feats, mask = batch["feats"], batch["mask"]
+    return batch | {"feats": lam * feats + (1 - lam) * feats.flip(0), "mask": mask | mask.flip(0)}, lam
 
-    instances: B records {"segments", "labels", "rejected"}, ground truth or pseudo labels; the points inside a rejected segment
-    are neither action nor background, unless they are positive for another. Returns what objective() takes, and "positives"."""
+
+def point_losses(run, outputs, instances, branch):
+    """alqa.detection_losses() of all processes, of the instances that batch_losses() takes."""
     s, K = run.s, len(run.data.classes)
-    outputs = evaluate.forward(run.detector, batch, s, run.device)
-    instances = [{key: r[key].to(run.device) for key in ("segments", "labels", "rejected")} for r in instances]
     segments, labels, rejected = ([r[key] for r in instances] for key in ("segments", "labels", "rejected"))
     cls_target, offset_target = model.assign_targets(outputs.points, segments, labels, K, s.radius)
     time, positive = outputs.points.time[:, None], cls_target.any(-1)
@@ -228,7 +239,23 @@ def batch_losses(run, batch, instances, branch):
         use = use & torch.tensor([len(l) > 0 for l in labels], device=run.device)[:, None]
     losses = alqa.detection_losses(outputs, cls_target, offset_target, use, s.alqa, s.quality_form, s.eps, s.beta, s.focal_alpha,
                                    s.focal_gamma)
-    losses = {key: evaluate.total(value) for key, value in losses.items()}  # of all processes
+    return {key: evaluate.total(value) for key, value in losses.items()}
+
+
+def batch_losses(run, batch, instances, branch):
+    """The terms of L_x of a batch. branch 0 is labelled, 1 unlabelled, each with its own running mean T+.
+
+    instances: B records {"segments", "labels", "rejected"}, ground truth or pseudo labels; the points inside a rejected segment
+    are neither action nor background, unless they are positive for another. Returns what objective() takes, and "positives"."""
+    s, lam = run.s, 1.0
+    if s.mixup and branch == 0:
+        batch, lam = mix(batch, s.mixup)
+    outputs = evaluate.forward(run.detector, batch, s, run.device)
+    instances = [{key: r[key].to(run.device) for key in ("segments", "labels", "rejected")} for r in instances]
+    losses = point_losses(run, outputs, instances, branch)
+    if lam < 1:
+        opposite = point_losses(run, outputs, instances[::-1], branch)
+        losses = {key: lam * value + (1 - lam) * opposite[key] for key, value in losses.items()}
     positives = losses["positives"].float().clamp(min=1)
     run.t_plus[branch] = s.t_plus_momentum * run.t_plus[branch] + (1 - s.t_plus_momentum) * positives
     L_acp = torch.zeros((), device=run.device)
@@ -315,24 +342,29 @@ def save(run, epoch):
     if evaluate.place()[0] > 0:
         return
     content = {name: getattr(run, name).state_dict() for name in MODULES} | {name: getattr(run, name) for name in NUMBERS}
-    content |= {"epoch": epoch, "settings": asdict(run.s), "classes": run.data.classes, "mean": run.data.mean, "std": run.data.std,
-                "labelled": [v.id for v in run.data.labelled]}
+    content |= {"epoch": epoch, "processes": evaluate.place()[1], "settings": asdict(run.s), "classes": run.data.classes,
+                "mean": run.data.mean, "std": run.data.std, "labelled": [v.id for v in run.data.labelled]}
     evaluate.write_atomically(run.out / "checkpoint.pt", lambda path: torch.save(content, path))
 
 
-def restore(run, path, free):
-    """Load a checkpoint into a run whose settings differ in `free` at most; raises BadInput for another configuration."""
-    content, mine = evaluate.read_checkpoint(path), asdict(run.s)
+def restore(run, path):
+    """Load a checkpoint, the run's own or that of --start, into a run; raises BadInput for one of another configuration."""
+    content, mine, free = evaluate.read_checkpoint(path), asdict(run.s), RUN
     if not {*MODULES, *NUMBERS} <= set(content) or set(mine) != set(content["settings"]):
         raise BadInput(f"checkpoint {path} is not of this version: it lacks or adds settings or parts")
+    if path == run.s.start:
+        stage = content["stage"]
+        if stage not in LATER or content["epoch"] != content["settings"][f"{stage}_epochs"]:
+            raise BadInput(f"checkpoint {path} is in stage {stage}, epoch {content['epoch']}, not at the end of stage 1 or 2")
+        free = RUN | LATER[stage]
+    elif content.get("processes") != evaluate.place()[1]:
+        raise BadInput(f"checkpoint {path} is of {content.get('processes')} process(es), not {evaluate.place()[1]}")
     other = [k for k in mine if k not in free and mine[k] != content["settings"][k]]
     if other:
         raise BadInput(f"checkpoint {path} is of another configuration: its {other[0]} is {content['settings'][other[0]]!r}, "
                        f"not {mine[other[0]]!r}")
     if content["labelled"] != [v.id for v in run.data.labelled] or content["classes"] != run.data.classes:
         raise BadInput(f"checkpoint {path} is of other data: its labelled videos or classes are not those of {run.s.dataset}")
-    if path == run.s.start and (content["stage"], content["epoch"]) != ("supervised", content["settings"]["supervised_epochs"]):
-        raise BadInput(f"checkpoint {path} is in stage {content['stage']}, epoch {content['epoch']}, not at the end of stage 2")
     run.optimizer = make_optimizer(run.detector, run.s)
     for name in MODULES:
         getattr(run, name).load_state_dict(content[name])
@@ -418,15 +450,17 @@ def make_pseudo_labels(run):
     s, videos = run.s, run.data.unlabelled
     run.icd.eval()
     records = evaluate.detect(run.ema if s.pseudo_weights == "ema" else run.detector, videos, run.data, s, run.device)
-    records = [alqa.without_repeats(r, s.repeat) for r in records]
+    records = [alqa.without_repeats(alqa.rerank(r, s.repeat) if s.rerank else r, s.repeat) for r in records]
     records, theta_h = alqa.select(records, s.theta_l, s.threshold, s.theta_fixed, s.scope)
     rank, number = evaluate.place()
     mine = list(zip(videos, records))[rank::number]
     for feats, (_, r) in zip(ahead(lambda pair: load_item(pair[0], run.data, s)["feats"], mine), mine):
-        icd.refine_pseudo_labels(r, run.icd, run.bank, feats.to(run.device), s.icd_pool, s.theta_drop, s.theta_mine, s.icd)
+        icd.compare(r, run.icd, run.bank, feats.to(run.device), s.icd_pool)
     run.theta_h = float(np.mean(theta_h or [1.0]))
     found = evaluate.unite({v.id: r for v, r in mine})
-    return {v.id: found[v.id] for v in videos}
+    records = [found[v.id] for v in videos]
+    icd.refine_pseudo_labels(records, s.theta_drop, s.theta_mine, s.icd, s.icd_bounds)
+    return dict(zip((v.id for v in videos), records))
 
 
 def pulse(run):
@@ -541,9 +575,9 @@ def launch(s):
     run = begin(s, data)
     resumed = s.resume and (run.out / "checkpoint.pt").exists()
     if resumed:
-        restore(run, run.out / "checkpoint.pt", RUN)
+        restore(run, run.out / "checkpoint.pt")
     elif s.start:
-        restore(run, s.start, RUN | JOINT)
+        restore(run, s.start)
     if evaluate.place()[0] > 0:
         return run
     run.out.mkdir(parents=True, exist_ok=True)
@@ -564,17 +598,16 @@ def main(argv=None):
         evaluate.join(s.device)
         run = launch(s)
         pretrain(run)
-        supervised(run)
-        if run.s.stage == "all":
-            joint(run)
-        report(run)
+        if run.s.stage != "pretrain":
+            supervised(run)
+            if run.s.stage == "all":
+                joint(run)
+            report(run)
     except (BadInput, OSError) as error:
-        if evaluate.place()[0] == 0:
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # not after an error: other processes may be waiting for this one, and torchrun ends them
+        dist.destroy_process_group()
     return 0
 
 
