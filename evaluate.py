@@ -83,7 +83,8 @@ def build_detector(s, dim, num_classes):
         raise BadInput(f"setting windows gives {len(windows)} levels, setting ranges {len(ranges)}")
     if s.channels % s.heads:
         raise BadInput(f"setting channels, {s.channels}, is no multiple of heads, {s.heads}")
-    return Detector(dim, num_classes, s.channels, s.heads, windows, s.stem, s.drop_path, ranges, s.alqa, s.tnd_bias, s.position)
+    return Detector(dim, num_classes, s.channels, s.heads, windows, s.stem, s.drop_path, ranges, s.alqa, s.tnd_bias, s.position,
+                    s.offset_bias)
 
 
 def forward(detector, batch, s, device):

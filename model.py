@@ -283,7 +283,8 @@ class Detector(nn.Module):
     """ActionFormer with quality branches. `windows` and `ranges` give one entry a level (window 0: the whole sequence)."""
 
     def __init__(self, dim_in, num_classes, channels=512, heads=4, windows=(19,) * 6, stem=2, drop_path=0.1,
-                 ranges=((0, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, math.inf)), branches="tiou+tnd", tnd_bias=-2.0, position=False):
+                 ranges=((0, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, math.inf)), branches="tiou+tnd", tnd_bias=-2.0, position=False,
+                 offset_bias=1.0):
         super().__init__()
         if len(windows) != len(ranges):
             raise ValueError(f"{len(windows)} windows for {len(ranges)} regression ranges: each level needs one of both")
@@ -294,6 +295,7 @@ class Detector(nn.Module):
         self.scales = nn.Parameter(torch.ones(len(windows)))
         self.register_buffer("ranges", torch.tensor(ranges, dtype=torch.float32), persistent=False)
         nn.init.constant_(self.cls_out.bias, -math.log(99))  # every class starts at a probability of 0.01
+        nn.init.constant_(self.reg_out.bias, offset_bias)  # offsets that are all negative get no gradient through the ReLU
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)

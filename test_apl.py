@@ -238,6 +238,12 @@ def test_quality_branches_start_apart_so_that_the_joint_score_has_a_gradient():
     assert "quality.tnd.weight" not in dict(small_detector("diou").named_parameters())
 
 
+def test_offsets_start_positive_so_that_neither_side_dies():
+    detector = small_detector(offset_bias=1.0).eval()
+    offsets = detector(0.1 * torch.randn(2, 40, 6), torch.ones(2, 40, dtype=torch.bool)).offsets
+    assert (offsets > 0).float().mean((0, 1)).min() > 0.9
+
+
 def test_windows_and_ranges_must_agree():
     with pytest.raises(ValueError, match="2 windows for 3"):
         small_detector(windows=(5, 5))

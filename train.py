@@ -82,6 +82,7 @@ class Settings:
     drop_path: float = of(0.1, "stochastic depth [A]", "a share below 1")
     position: bool = of(False, "add the absolute position [A: ActivityNet]")
     radius: float = of(1.5, "centre sampling, in strides [A]", "positive")
+    offset_bias: float = of(1.0, "start of the offsets, in strides: from 0 those of one side may die in the ReLU [J; A: 0]", "finite")
     # ALQA
     alqa: str = of("tiou+tnd", "quality branches [S]; none: plain ActionFormer", BRANCHES)
     tnd_bias: float = of(-2.0, "start of the tND branch's bias, which parts it from the tIoU branch [J]", "finite")
