@@ -140,19 +140,22 @@ def select(detections, theta_l, threshold, theta_fixed, scope):
     """Eq. (6): U+ = {s_i >= theta_h}, U_can = {theta_l < s_i < theta_h}, theta_h = mean(s) + std(s) over s > theta_l.
 
     detections: a list, one instances record a video, after Soft-NMS, with joint "scores". Returns the records without what
-    theta_l drops, with "positive" (N,) bool added, and the list of theta_h (one a video; one a class if `scope` is "class").
+    theta_l drops, with "positive" (N,) bool added, and the list of theta_h (one a video; one a class if
+    `scope` is "class" or `threshold` "frequency").
     The form of the sum, the population std and >= are not given in the paper: with two instances the unbiased std never
     selects one. `scope` says what the statistics are over: each video, the dataset, each class of it. `threshold` "mean"
     leaves the std out, "fixed" sets theta_h = theta_fixed: the fixed case of Fig. 3(c), and without quality branches, where the
     joint score is the class score, the baseline of Tab. 3(a). "frequency", for NPL, lowers theta_fixed for rare classes as FlexMatch
-    does (Zhang et al. 2021): theta_fixed * f / (2 - f), f the class's share of the most frequent class's detections."""
+    does (Zhang et al. 2021): theta_fixed * f / (2 - f), f the number of a class's detections over theta_fixed as a
+    share of the largest class's; where that is below theta_l, theta_l decides."""
     records = [{key: value[d["scores"] > theta_l] for key, value in d.items()} for d in detections]
 
     def theta(s):
         if threshold == "fixed" or len(s) == 0:
             return theta_fixed if threshold == "fixed" else 1.0
         if threshold == "frequency":
-            f = len(s) / int(labels.bincount().max())
+            sure = scores >= theta_fixed
+            f = int((s >= theta_fixed).sum()) / max(int(labels[sure].bincount(minlength=1).max()), 1)
             return theta_fixed * f / (2 - f)
         return float(s.double().mean() + (s.double().std(correction=0) if threshold == "mean+std" else 0))
 

@@ -113,14 +113,16 @@ def split_in_three(s):
     Returns (lower, upper), each midway between two neighbours; (0, 1), which drop and mine nothing, where s has fewer than three
     distinct values."""
     x = s.double().sort().values
-    n, total = torch.arange(len(x) + 1), F.pad(x.cumsum(0), (1, 0))  # of the first n
+    N, total = len(x), F.pad(x.cumsum(0), (1, 0))  # of the first n
     if len(x.unique()) < 3:
         return 0.0, 1.0
-    first, last = torch.meshgrid(n[1:-1], n[1:-1], indexing="ij")  # where the second and the third group begin
-    parts = ((first, total[first]), (last - first, total[last] - total[first]), (n[-1] - last, total[-1] - total[last]))
-    explained = sum(sums ** 2 / sizes for sizes, sums in parts).masked_fill(last <= first, -torch.inf)
-    best = int(explained.argmax())
-    return tuple(float(x[i - 1:i + 1].mean()) for i in (int(first.flatten()[best]), int(last.flatten()[best])))
+    best = (-torch.inf, 0, 0)
+    for first in range(1, N - 1):  # where the second group begins, then the third
+        last = torch.arange(first + 1, N)
+        parts = ((first, total[first]), (last - first, total[last] - total[first]), (N - last, total[-1] - total[last]))
+        explained, at = sum(sums ** 2 / sizes for sizes, sums in parts).max(0)
+        best = max(best, (float(explained), first, int(last[at])))
+    return tuple(float(x[i - 1:i + 1].mean()) for i in best[1:])
 
 
 @torch.no_grad()

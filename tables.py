@@ -42,7 +42,7 @@ ROWS = {
     "5a": [("no ICD", 21.3, f"{NO_ACP} {NO_ICD}"), ("EAP", 22.1, f"{NO_ACP} --icd eap"), ("MPP", 22.5, f"{NO_ACP} --icd mpp"),
            ("EAP + MPP", 23.3, NO_ACP), ("EAP + MPP, adaptive thresholds", None, f"{NO_ACP} --icd-bounds adaptive")],
     "5b": [("no ACP", 23.3, NO_ACP), ("coarse", 24.1, "--acp coarse"), ("fine", 23.8, "--acp fine"), ("coarse + fine", 24.5, "")],
-    "S1": [("KL", None, f"{NO_ACP} {NO_ICD} --quality-form kl"), ("BCE", 21.3, f"{NO_ACP} {NO_ICD}")],
+    "S1": [("KL", 20.8, f"{NO_ACP} {NO_ICD} --quality-form kl"), ("BCE", 21.3, f"{NO_ACP} {NO_ICD}")],
     "S4": [("pre-training alone", 23.6, "--acp-after none"), ("labelled", 24.1, "--acp-after labelled"),
            ("labelled + unlabelled", 24.5, "--acp-after labelled+unlabelled")],
     "fig3a": [(f"drop below {t}", None, f"--theta-drop {t}") for t in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)],
@@ -64,24 +64,37 @@ OPEN = ("--rejected background", "--threshold mean+std", "--threshold mean", "--
         "--acp-tau 0.2", "--acp-steps 20", "--acp-steps 80", "--beta 1", "--lambda-u 1")
 ROWS["open"] = [("the defaults", None, ""), *((option, None, option) for option in OPEN)]
 QUALITY = ("positive_accuracy", "class_accuracy", "mean_tIoU", "precision", "recall")
-PROBE_FRAMES = 30_000  # frames that fit the probe, drawn at random
+PROBE_FRAMES = 30_000  # steps that fit, and that test, the probe, drawn at random where there are more
+OURS = ("--seed", "--out", "--stage", "--start", "--resume", "--audit")  # what rows set themselves
+
+
+def minutes_of(folder):
+    """The minutes that a finished run took, its earlier stages included; None if it was killed on the way."""
+    return json.loads((folder / "finished.json").read_text(encoding="utf-8"))["minutes"]
 
 
 def reach(options, stage, runs):
     """The folder of a run with these options that has ended its `stage`, trained now where it has not been before.
 
-    Its name says what the stage depends on, so rows share it. Leaves "finished.json", {"minutes"}, last."""
+    Its name says what the stage depends on, so rows share it. Leaves "finished.json", {"minutes"} of this and the earlier stages, last."""
     argv = [*options, "--stage", stage]
-    depends = {k: v for k, v in asdict(train.parse_settings(argv)).items() if k not in train.RUN | train.LATER[stage]}
-    folder = runs / f"{stage}-{hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]}"
-    if (folder / "finished.json").exists():
+    depends = {k: v for k, v in asdict(train.parse_settings(argv)).items() if k not in (train.RUN - {"weights"}) | train.LATER[stage]}
+    if stage == "pretrain" and depends["acp"] == "none":
+        raise data.BadInput("a row needs stage 1, which --acp none leaves out")
+    files = [Path(depends[k]) for k in ("dataset", "annotations", "split")]
+    digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode() + b"".join(f.read_bytes() for f in files if f.is_file()))
+    folder = runs / f"{stage}-{digest.hexdigest()[:12]}"
+    if (folder / "finished.json").exists() and (folder / "checkpoint.pt").exists():
         return folder
     before = {"all": "supervised", "supervised": "pretrain" if depends["acp"] != "none" else None, "pretrain": None}[stage]
-    start = ["--start", str(reach(options, before, runs) / "checkpoint.pt")] if before else []
-    began = time.time()
+    start, minutes = [], 0.0
+    if before:
+        shared = reach(options, before, runs)
+        start, minutes = ["--start", str(shared / "checkpoint.pt")], minutes_of(shared)
+    began, killed = time.time(), (folder / "log.jsonl").exists()
     if code := train.main([*argv, *start, "--out", str(folder), "--resume", "--audit"]):
         raise SystemExit(code)
-    evaluate.write_json(folder / "finished.json", {"minutes": (time.time() - began) / 60})
+    evaluate.write_json(folder / "finished.json", {"minutes": None if killed or minutes is None else minutes + (time.time() - began) / 60})
     return folder
 
 
@@ -124,12 +137,14 @@ def calibration(folder):
 
 @torch.no_grad()
 def frames(detector, videos, d, s):
-    """(x (N, F), y (N,)) of all steps of labelled videos: the learned representation (detector None: the input features), and the
-    class of the shortest instance that the step lies in, background as one more."""
-    rows, classes = [], []
+    """(x (N, F), y (N,)) of the steps of labelled videos, about PROBE_FRAMES at most: the learned representation (detector None: the
+    input features), and the class of the shortest instance that the step lies in, background as one more."""
+    rows, classes, generator = [], [], torch.Generator().manual_seed(0)
+    share = PROBE_FRAMES / sum(video.steps for video in videos)
     for video in videos:
         item = data.load_item(video, d, s)
-        step, x = torch.arange(len(item["feats"])), item["feats"]
+        step = torch.arange(video.steps)[torch.rand(video.steps, generator=generator) < share]
+        x = item["feats"][step]
         if detector is not None:
             outputs = evaluate.forward(detector, data.collate([item]), s, torch.device(s.device))
             x = acp.representation(outputs.levels, outputs.masks, step[None].to(s.device))[0].cpu()
@@ -169,8 +184,7 @@ def probe(folder, what):
                                labels=torch.tensor([index[label] for label in d.ground_truth[v.id].labels])) for v in d.test]
     x, y = frames(detector, [*d.labelled, *d.hidden.values()], d, s)
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
-    drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:PROBE_FRAMES]
-    W = logistic_regression((x[drawn] - mean) / std, y[drawn], len(d.classes) + 1)
+    W = logistic_regression((x - mean) / std, y, len(d.classes) + 1)
     x, y = frames(detector, test, d, s)
     predicted = torch.addmm(W[-1], (x - mean) / std, W[:-1]).argmax(1)
     recall = [float((predicted[y == c] == c).float().mean()) for c in y.unique()]
@@ -198,7 +212,8 @@ def detection_row(runs, table):
     last = [[row for row in log if "theta_h" in row][-1:] for log in logs]  # the pulse of the last epoch
     for key in QUALITY if table == "fig3c" else QUALITY[-2:]:
         cells[key.replace("_", " ")] = spread([row[0][key] for row in last]) if all(last) else "-"
-    cells["minutes"] = f"{statistics.mean(json.loads((f / 'finished.json').read_text(encoding='utf-8'))['minutes'] for f in runs):.1f}"
+    minutes = [minutes_of(f) for f in runs]
+    cells["minutes"] = "-" if None in minutes else f"{statistics.mean(minutes):.1f}"
     return cells, average
 
 
@@ -221,7 +236,18 @@ def rows_of(table, options, splits, seeds, runs):
         cells, average = detection_row([reach([*of_seed(seed), *argv], stage, runs) for seed in seeds], table)
         first = first or average
         paired = spread([a - b for a, b in zip(average, first)])
-        yield {"row": name, "paper": "-" if paper is None else f"{paper}"} | cells | {"minus the first row": paired}
+        yield {"row": name, "paper, THUMOS14 10 %": "-" if paper is None else f"{paper}"} | cells | {"minus the first row": paired}
+
+
+def parse_seeds(text):
+    """"3" -> 0, 1, 2; "0,5," -> 0, 5; raises BadInput for anything else."""
+    try:
+        seeds = [int(n) for n in text.split(",") if n] if "," in text else list(range(int(text)))
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0:
+        raise data.BadInput(f"--seeds must be how many, or a list with commas, not {text!r}")
+    return seeds
 
 
 def markdown(rows):
@@ -240,8 +266,12 @@ def main(argv=None):
     parser.add_argument("--runs", type=Path, default=Path("runs/tables"), help="folder of the runs")
     try:
         args, options = parser.parse_known_args(argv)
-        seeds = [int(n) for n in args.seeds.split(",") if n] if "," in args.seeds else range(int(args.seeds))
-        report = []
+        seeds, report = parse_seeds(args.seeds), []
+        for option in options:
+            if option.split("=")[0] in OURS:
+                raise data.BadInput(f"{option} is set by each row")
+        for row in [row for table in args.tables for row in ROWS.get(table, PROBES.get(table, ()))]:
+            train.parse_settings([*options, *row[-1].split()])  # before hours of training
         for table in args.tables:
             if table == "S6":
                 model.main()
@@ -249,9 +279,11 @@ def main(argv=None):
             rows = list(rows_of(table, options, args.splits, seeds, args.runs))
             report.append(f"Table {table}, seeds {', '.join(map(str, seeds))}\n\n{markdown(rows)}\n")
         print("\n".join(report))
-    except (data.BadInput, ValueError, OSError) as error:
+    except (data.BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except SystemExit as stop:  # a run that has said why
+        return stop.code
     return 0
 
 

@@ -439,7 +439,7 @@ def test_selection_scopes_and_thresholds():
 def test_thresholds_by_class_frequency_are_lower_for_rare_classes():
     d = detections(0.9, 0.2, 0.5, 0.11, 0.3, labels=[0, 0, 0, 0, 1])
     (r,), theta = alqa.select([d], 0.1, "frequency", 0.3, "video")
-    assert theta == pytest.approx([0.3, 0.3 * 0.25 / 1.75])
+    assert theta == pytest.approx([0.3, 0.3 * 0.5 / 1.5])
     assert r["positive"].tolist() == [True, False, True, False, True]
 
 
@@ -1337,9 +1337,22 @@ def test_the_probe_tells_classes_and_the_supervised_row_needs_no_stage_3(own, ca
 def test_tables_refuse_what_they_do_not_know(own, capsys):
     assert tables.main(["7", *table_argv(own)]) == 2
     assert tables.main(["3a", *table_argv(own, "--no-such-setting", 1)]) == 2
-    with pytest.raises(SystemExit, match="2"):
-        tables.main(["3a", *table_argv(own, "--splits", own / "absent.json")])
-    assert capsys.readouterr().err.count("error: ") == 3
+    assert tables.main(["3a", *table_argv(own, "--splits", own / "absent.json")]) == 2
+    assert tables.main(["3a", *table_argv(own, "--start", own / "x.pt")]) == 2
+    assert tables.main(["S2", *table_argv(own, "--acp", "none")]) == 2
+    for seeds in ("0", "-1", ",", "x"):
+        assert tables.main(["3a", *table_argv(own), "--seeds", seeds]) == 2
+    assert capsys.readouterr().err.count("error: ") == 9
+    assert not (own / "tables").exists()
+
+
+def test_a_killed_shared_stage_goes_on_under_another_row(own):
+    assert tables.main(["S1", *table_argv(own)]) == 0
+    for path in (own / "tables").glob("*/finished.json"):
+        path.unlink()
+    stages = set((own / "tables").glob("supervised-*"))
+    assert tables.main(["fig3a", *table_argv(own, "--acp", "none", "--icd", "none")]) == 0  # from S1's stage 2 with BCE
+    assert set((own / "tables").glob("supervised-*")) == stages
 
 
 # ---- Bad input: one sentence, exit 2, nothing half-written ----------------------------------------------------------

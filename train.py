@@ -166,6 +166,10 @@ class Settings:
                 raise BadInput(f"setting {f.name} must be {allowed}, but is {value}")
         if self.mixup and self.acp != "none" and self.acp_after != "none":
             raise BadInput("setting mixup leaves no video whose steps have one class each: it needs acp or acp_after none")
+        if self.mixup and self.batch % 2:
+            raise BadInput(f"setting mixup pairs the videos of a batch: setting batch must be even, but is {self.batch}")
+        if self.rerank and self.repeat == 1:
+            raise BadInput("setting rerank looks at detections whose tIoU is over the setting repeat, which must be below 1")
         evaluate.parse_tious(self.tiou)
 
 
@@ -222,7 +226,8 @@ def contrast(run, batch, outputs, instances):
 
 def mix(batch, alpha):
     """MixUp (Zhang et al. 2017) of each video with the one opposite in the batch: lam * x + (1 - lam) * x', lam ~ Beta(alpha, alpha)
-    -> (the batch, lam). The losses are mixed alike, which mixes the targets."""
+    -> (the batch, lam). The losses are mixed alike, which for cross-entropy is to mix the targets. Under torchrun partners come from
+    the process's own share of the batch."""
     lam = float(torch.distributions.Beta(alpha, alpha).sample())
     feats, mask = batch["feats"], batch["mask"]
     return batch | {"feats": lam * feats + (1 - lam) * feats.flip(0), "mask": mask | mask.flip(0)}, lam
@@ -350,16 +355,16 @@ def save(run, epoch):
 
 def restore(run, path):
     """Load a checkpoint, the run's own or that of --start, into a run; raises BadInput for one of another configuration."""
-    content, mine, free = evaluate.read_checkpoint(path), asdict(run.s), RUN
+    content, mine = evaluate.read_checkpoint(path), asdict(run.s)
     if not {*MODULES, *NUMBERS} <= set(content) or set(mine) != set(content["settings"]):
         raise BadInput(f"checkpoint {path} is not of this version: it lacks or adds settings or parts")
     if path == run.s.start:
         stage = content["stage"]
         if stage not in LATER or content["epoch"] != content["settings"][f"{stage}_epochs"]:
             raise BadInput(f"checkpoint {path} is in stage {stage}, epoch {content['epoch']}, not at the end of stage 1 or 2")
-        free = RUN | LATER[stage]
     elif content.get("processes") != evaluate.place()[1]:
         raise BadInput(f"checkpoint {path} is of {content.get('processes')} process(es), not {evaluate.place()[1]}")
+    free = RUN | LATER.get(content["stage"], set())  # what stage 1, say, does not depend on may change after it
     other = [k for k in mine if k not in free and mine[k] != content["settings"][k]]
     if other:
         raise BadInput(f"checkpoint {path} is of another configuration: its {other[0]} is {content['settings'][other[0]]!r}, "
@@ -397,6 +402,8 @@ def epochs(run, stage, count, steps):
         run.optimizer = make_optimizer(run.detector, run.s)
     run.total = count * steps
     run.clock = (run.step, time.time())
+    if count == 0:
+        save(run, 0)
     for epoch in range(run.epoch, count):
         run.epoch = epoch
         seeds = np.random.SeedSequence([run.s.seed, STAGES.index(stage), run.epoch])
@@ -569,7 +576,7 @@ def parse_settings(argv):
 
 
 def launch(s):
-    """The run that the settings ask for, new, resumed or begun at stage 3, with its folder made; raises BadInput."""
+    """The run that the settings ask for, new, resumed or begun at stage 2 or 3, with its folder made; raises BadInput."""
     data = load_dataset(s)
     if s.stage == "all" and not data.unlabelled:
         raise BadInput(f"--ratio {s.ratio} leaves no unlabelled video for stage 3; --stage supervised needs none")
