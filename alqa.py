@@ -103,19 +103,27 @@ def detection_losses(outputs, cls_target, offset_target, use, branches, form, ep
 
 
 @torch.no_grad()
-def without_repeats(detections, overlap):
-    """A video's detections without those whose tIoU with a better one of their class is over `overlap` (1: all stay).
+def without_repeats(detections, overlap, exclusive):
+    """A video's detections without those whose tIoU with a better one of their class (`exclusive`: of any) is over `overlap` (1:
+    all stay), the best first.
 
     Not given in the paper. Soft-NMS leaves repeats of an instance with a lower score: they would come back as candidates, be
-    mined as second pseudo labels of what is labelled already, and mask the background around it."""
+    mined as second pseudo labels of what is labelled already, and mask the background around it. Where no two classes share a
+    segment, a second class for a segment is as surely wrong."""
     order = torch.argsort(detections["scores"], descending=True, stable=True)
     d = {key: value[order] for key, value in detections.items()}
-    repeats = torch.triu(tiou(d["segments"][:, None], d["segments"]) > overlap, 1) & (d["labels"][:, None] == d["labels"])
+    repeats = torch.triu(tiou(d["segments"][:, None], d["segments"]) > overlap, 1)
+    repeats &= (d["labels"][:, None] == d["labels"]) | exclusive
     keep = torch.ones(len(order), dtype=torch.bool)
     for i in range(len(order)):
         if keep[i]:
             keep &= ~repeats[i]
     return {key: value[keep] for key, value in d.items()}
+
+
+def classes_share_segments(videos, overlap):
+    """Whether two instances of different classes of a labelled video have a tIoU over `overlap`."""
+    return any(((tiou(v.segments[:, None], v.segments) > overlap) & (v.labels[:, None] != v.labels)).any() for v in videos)
 
 
 @torch.no_grad()

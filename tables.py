@@ -3,6 +3,7 @@
     python tables.py 3a                                                  on toy
     python tables.py 1 --dataset thumos --ratio 0.1 --seeds 3
     python tables.py 5a --dataset my.json --features DIR --stride 25 --frames 50 --seeds 3 --splits a.json b.json c.json
+    python tables.py causes                                              why APL does what it does: its pseudo labels, class by class
 
 What follows the names is passed to train.py for every row. Finished rows are kept, and stages that rows share (the same settings,
 split and seed) are trained once: they lie in --runs, each in a folder named by its last stage and its settings, and a killed command
@@ -13,15 +14,17 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import mannwhitneyu, spearmanr
 
 import acp
 import data
 import evaluate
+import icd
 import model
 import train
 
@@ -59,7 +62,7 @@ PROBES = {
                                (4, 4, (72.4, 72.3)), (4, 5, (73.9, 74.4)), (4, 8, (75.0, 73.8)))],
 }
 # What the paper leaves open: name, None, settings.
-OPEN = ("--rejected background", "--threshold mean+std", "--threshold mean", "--scope dataset", "--scope class",
+OPEN = ("--rejected background", "--threshold mean+std", "--threshold mean", "--scope dataset", "--scope class", "--no-exclusive",
         "--refresh 4", "--icd-pool max", "--icd-pool mean", "--icd-steps 200", "--repeat 1", "--pseudo-weights ema", "--acp-tau 0.05",
         "--acp-tau 0.2", "--acp-steps 20", "--acp-steps 80", "--beta 1", "--lambda-u 1")
 ROWS["open"] = [("the defaults", None, ""), *((option, None, option) for option in OPEN)]
@@ -131,6 +134,41 @@ def calibration(folder):
         overlap = model.tiou(r["segments"][:n, None], hidden.segments) * same
         scores.append(r["scores"][:n]), truth.append(overlap.amax(1) if n else torch.zeros(0))
     return {"rank_correlation": float(spearmanr(torch.cat(scores), torch.cat(truth)).statistic)}
+
+
+# ---- Causes ---------------------------------------------------------------------------------------------------------
+
+def auc(values, right):
+    """The chance that a right one's value is over a wrong one's, ties half: values (N,), right (N,) bool; None without either kind."""
+    right, wrong = values[right & ~values.isnan()], values[~right & ~values.isnan()]
+    return float(mannwhitneyu(right, wrong).statistic) / (len(right) * len(wrong)) if len(right) and len(wrong) else None
+
+
+def causes(folder):
+    """A run's last pseudo labels against the labels that it never saw: {class, or "all": {what: a number or None}}.
+
+    Precision and recall at tIoU 0.5 of what ALQA selects and of what ICD leaves, and how well the joint score and ICD's similarity
+    tell right from wrong among all that was detected over theta_l (area under the ROC curve)."""
+    content, (_, d, _) = evaluate.read_checkpoint(folder / "checkpoint.pt"), read_run(folder)
+    records, hidden, found = [], [d.hidden[video.id] for video in d.unlabelled], {}
+    for video, h in zip(d.unlabelled, hidden):
+        r = content["pseudo"][video.id]  # the best first
+        arrays = (r["segments"].double(), r["labels"], h.segments.double(), h.labels)
+        right = evaluate.match(*(x.numpy() for x in arrays), np.array([0.5]))[0]
+        records.append(r | {"right": torch.from_numpy(right)})
+    for c, name in enumerate([*d.classes, "all"]):
+        mine = lambda labels, c=c: (labels == c) | (c == len(d.classes))
+        truth = [replace(h, segments=h.segments[mine(h.labels)], labels=h.labels[mine(h.labels)]) for h in hidden]
+        row = {"labelled": sum(int(mine(v.labels).sum()) for v in d.labelled), "hidden": sum(len(h.labels) for h in truth)}
+        for part, status in (("ALQA", (icd.KEPT, icd.DROPPED)), ("ICD", (icd.KEPT, icd.MINED))):
+            chosen = [mine(r["labels"]) & torch.isin(r["status"], torch.tensor(status)) for r in records]
+            chosen = [{key: value[x] for key, value in r.items()} for r, x in zip(records, chosen)]
+            quality = evaluate.pseudo_label_quality(chosen, truth)
+            row |= {f"{part} {key}": quality[key] if sum(len(r["labels"]) for r in chosen) else None for key in ("precision", "recall")}
+        of_class = torch.cat([mine(r["labels"]) for r in records])
+        scores, similarity, right = (torch.cat([r[key] for r in records])[of_class] for key in ("scores", "similarity", "right"))
+        found[name] = row | {"AUC score": auc(scores, right), "AUC similarity": auc(similarity, right)}
+    return found
 
 
 # ---- The linear probe -----------------------------------------------------------------------------------------------
@@ -227,6 +265,12 @@ def rows_of(table, options, splits, seeds, runs):
             yield {"row": name, "paper: accuracy, recall": "-" if paper is None else "{:.1f}, {:.1f}".format(*paper)} | {
                 key: spread([row[key] for row in found]) for key in ("accuracy", "recall")}
         return
+    if table == "causes":
+        found = [saved(f / "causes.json", lambda f=f: causes(f)) for f in (reach(of_seed(seed), "all", runs) for seed in seeds)]
+        for name in found[0]:
+            known = {key: [row[name][key] for row in found if row[name][key] is not None] for key in found[0][name]}
+            yield {"row": name} | {key: f"{statistics.mean(x):.3g}" if x else "-" for key, x in known.items()}
+        return
     first = None
     for name, paper, more in ROWS[table]:
         argv, stage = more.split(), "all"
@@ -258,9 +302,9 @@ def markdown(rows):
 
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
-    names = [*ROWS, *PROBES, "S6"]
+    names = [*ROWS, *PROBES, "S6", "causes"]
     parser = train.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("tables", nargs="+", choices=names, help="tables of the paper; open: what it leaves open")
+    parser.add_argument("tables", nargs="+", choices=names, help="of the paper; open: what it leaves open; causes: pseudo labels by class")
     parser.add_argument("--seeds", default="3", help="how many seeds (from 0), or a list with commas")
     parser.add_argument("--splits", nargs="+", default=[], help="files of labelled ids for seeds 0, 1, ...; the others draw theirs")
     parser.add_argument("--runs", type=Path, default=Path("runs/tables"), help="folder of the runs")

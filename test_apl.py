@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -454,10 +455,35 @@ def test_reranking_lowers_what_is_spread_over_its_length():
 def test_repeats_are_removed_within_their_class():
     d = {"segments": torch.tensor([[0.0, 9.0], [0.0, 10.0], [0.0, 10.0], [8.0, 20.0], [0.0, 8.0]]), "labels": torch.tensor([0, 0, 1, 0, 0]),
          "scores": torch.tensor([0.5, 0.9, 0.4, 0.3, 0.2])}
-    kept = alqa.without_repeats(d, 0.5)
+    kept = alqa.without_repeats(d, 0.5, exclusive=False)
     assert kept["scores"].tolist() == pytest.approx([0.9, 0.4, 0.3])
-    assert len(alqa.without_repeats(d, 1.0)["scores"]) == 5
-    assert len(alqa.without_repeats({k: v[:0] for k, v in d.items()}, 0.5)["scores"]) == 0
+    assert alqa.without_repeats(d, 0.5, exclusive=True)["scores"].tolist() == pytest.approx([0.9, 0.3])
+    assert len(alqa.without_repeats(d, 1.0, exclusive=True)["scores"]) == 5
+    assert len(alqa.without_repeats({k: v[:0] for k, v in d.items()}, 0.5, exclusive=True)["scores"]) == 0
+
+
+def test_classes_share_segments_where_two_labels_overlap():
+    def video(segments, labels):
+        return SimpleNamespace(segments=torch.tensor(segments), labels=torch.tensor(labels))
+    apart = video([[0.0, 10.0], [8.0, 20.0], [0.0, 9.0]], [0, 1, 0])  # a repeat of one class is none of another
+    assert not alqa.classes_share_segments([apart], 0.5)
+    assert alqa.classes_share_segments([apart, video([[0.0, 10.0], [1.0, 10.0]], [0, 1])], 0.5)
+    assert not alqa.classes_share_segments([], 0.5)
+
+
+def test_exclusive_drops_second_classes_only_where_the_labels_have_none(own):
+    shared = data.load_dataset(settings(*own_argv(own))).labelled[0].id
+    argv = own_argv(own, "--theta-l", 0.0, "--min-score", 0.0, "--pre-nms", 200)
+
+    def overlapping(*more):
+        """Whether a video has two pseudo labels or candidates of different classes with tIoU over 0.5."""
+        run = train.launch(settings(*argv, *more))
+        return alqa.classes_share_segments([SimpleNamespace(**r) for r in train.make_pseudo_labels(run).values()], 0.5)
+    assert overlapping("--no-exclusive")
+    assert not overlapping("--exclusive")
+    edit(own, lambda database: database[shared]["annotations"].append(
+        database[shared]["annotations"][0] | {"label": "AB"[database[shared]["annotations"][0]["label"] == "A"]}))
+    assert overlapping("--exclusive")
 
 
 # ---- icd.py ---------------------------------------------------------------------------------------------------------
@@ -1332,6 +1358,33 @@ def test_the_probe_tells_classes_and_the_supervised_row_needs_no_stage_3(own, ca
     assert ((x @ W[:-1] + W[-1]).argmax(1) == y).float().mean() > 0.7
     assert tables.main(["S6"]) == 0
     assert "26,016,768" in capsys.readouterr().out
+
+
+def test_auc_against_a_count_of_pairs():
+    values, right = torch.tensor([0.1, 0.4, 0.4, 0.9, math.nan]), torch.tensor([False, True, False, True, True])
+    assert tables.auc(values, right) == (1 + 0.5 + 1 + 1) / 4
+    assert tables.auc(values, right | True) is None
+
+
+def test_causes_count_pseudo_labels_by_class(own, capsys):
+    assert tables.main(["causes", *table_argv(own, "--threshold", "fixed", "--theta-fixed", 0.0), "--seeds", "0,"]) == 0
+    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")}
+    assert list(rows)[2:] == ["A", "B", "all"]
+    head = rows["row"]
+    for name in rows["A"], rows["B"], rows["all"]:
+        assert len(name) == len(head)
+    folder, = (own / "tables").glob("all-*")
+    _, d, _ = tables.read_run(folder)
+    pseudo = evaluate.read_checkpoint(folder / "checkpoint.pt")["pseudo"]
+    for c, name in enumerate("AB"):
+        assert int(rows[name][0]) == sum(int((v.labels == c).sum()) for v in d.labelled)
+        assert int(rows[name][1]) == sum(int((h.labels == c).sum()) for h in d.hidden.values())
+    found = json.loads((folder / "causes.json").read_text())
+    quality = evaluate.pseudo_label_quality([pseudo[v.id] for v in d.unlabelled], [d.hidden[v.id] for v in d.unlabelled])
+    assert found["all"]["ALQA recall"] == quality["recall"]  # everything over theta_l is selected
+    assert found["all"]["ALQA precision"] == quality["precision"]
+    assert found["A"]["hidden"] * found["A"]["ALQA recall"] + found["B"]["hidden"] * found["B"]["ALQA recall"] == pytest.approx(
+        found["all"]["hidden"] * found["all"]["ALQA recall"])
 
 
 def test_tables_refuse_what_they_do_not_know(own, capsys):

@@ -95,6 +95,7 @@ class Settings:
     threshold: str = of("mean+std", "theta_h of Eq. (6) [J]; fixed: the paper's baseline", THRESHOLDS)
     theta_fixed: float = of(0.3, "theta_h of the fixed threshold [S]", "a share")
     repeat: float = of(0.5, "tIoU with a better pseudo label of the class, over which one is a repeat and removed; 1: none [J]", "a share")
+    exclusive: bool = of(False, "one of another class is a repeat too, if no labelled instances of two classes overlap so [J]")
     rerank: bool = of(False, "rerank by the spread of overlapping boundaries, as NPL [53] does, reconstructed (Table 1)")
     scope: str = of("video", "what theta_h's statistics are over [J]", SCOPES)
     # ICD
@@ -180,7 +181,7 @@ EPIC = PUBLISHED | {
     "ranges": "0:4,2:8,4:16,8:32,16:64,32:inf", "t_plus": 250.0, "nms_sigma": 0.4, "pre_nms": 5000, "max_detections": 2000,
     "tiou": "0.1:0.5:0.1"}
 SMALL = {"channels": 128, "windows": "9", "lr": 1e-3, "supervised_steps": 400, "joint_epochs": 10, "icd_pool": "mean", "threshold": "mean",
-         "acp_after": "none", "precision": "float32"}  # narrow layers: bfloat16 saves nothing
+         "exclusive": True, "acp_after": "none", "precision": "float32"}  # narrow layers: bfloat16 saves nothing
 OWN = SMALL  # a user's own data
 PRESETS = {
     "toy": SMALL | {"channels": 64, "joint_epochs": 20},
@@ -196,8 +197,8 @@ PRESETS = {
 
 # What may differ between a checkpoint and the run that goes on from it: where and how loud, and with --start the later stages.
 RUN = {"out", "stage", "start", "resume", "audit", "device", "log_every", "weights"}
-JOINT = {"theta_l", "threshold", "theta_fixed", "repeat", "scope", "icd", "theta_drop", "theta_mine", "rejected", "joint_epochs",
-         "refresh", "pseudo_weights", "lambda_u", "rerank", "icd_bounds"}
+JOINT = {"theta_l", "threshold", "theta_fixed", "repeat", "exclusive", "scope", "icd", "theta_drop", "theta_mine", "rejected",
+         "joint_epochs", "refresh", "pseudo_weights", "lambda_u", "rerank", "icd_bounds"}
 SUPERVISED = {"quality_form", "eps", "beta", "focal_alpha", "focal_gamma", "icd_pool", "icd_pairs", "icd_steps", "acp_after", "lambda_reg",
               "lambda_quality", "lambda_acp", "mixup", "supervised_epochs", "supervised_steps"}
 LATER = {"pretrain": SUPERVISED | JOINT, "supervised": JOINT, "all": set()}  # what a run that ends after a stage does not depend on
@@ -458,7 +459,8 @@ def make_pseudo_labels(run):
     s, videos = run.s, run.data.unlabelled
     run.icd.eval()
     records = evaluate.detect(run.ema if s.pseudo_weights == "ema" else run.detector, videos, run.data, s, run.device)
-    records = [alqa.without_repeats(alqa.rerank(r, s.repeat) if s.rerank else r, s.repeat) for r in records]
+    exclusive = s.exclusive and not alqa.classes_share_segments(run.data.labelled, s.repeat)
+    records = [alqa.without_repeats(alqa.rerank(r, s.repeat) if s.rerank else r, s.repeat, exclusive) for r in records]
     records, theta_h = alqa.select(records, s.theta_l, s.threshold, s.theta_fixed, s.scope)
     rank, number = evaluate.place()
     mine = list(zip(videos, records))[rank::number]
