@@ -1559,7 +1559,7 @@ def test_every_equation_has_one_home_and_the_readme_names_it():
 def test_imports_run_one_way_and_importing_does_nothing():
     allowed = {"data": set(), "model": {"icd"}, "alqa": {"model"}, "icd": set(), "acp": set(), "evaluate": {"alqa", "data", "model"},
                "train": {"acp", "alqa", "data", "evaluate", "icd", "model"},
-               "bench": {"acp", "data", "evaluate", "model", "train"}, "tables": {"acp", "data", "evaluate", "model", "train"}}
+               "bench": {"acp", "data", "evaluate", "model", "train"}, "tables": {"acp", "data", "evaluate", "icd", "model", "train"}}
     for name, ours in allowed.items():
         tree = ast.parse((HERE / f"{name}.py").read_text())
         imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)} | {
