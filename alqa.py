@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from model import tiou, tnd
 
-THRESHOLDS = ("mean+std", "mean", "fixed", "frequency")  # theta_h of Eq. (6); fixed is the paper's baseline, frequency NPL's
-SCOPES = ("video", "dataset", "class")      # what the mean and std of theta_h are taken over
+THRESHOLDS = ("mean+std", "mean", "mean-std", "fixed", "frequency")  # theta_h of Eq. (6); fixed: the paper's baseline, frequency: NPL's
+SCOPES = ("video", "dataset", "class")  # what the mean and std of theta_h are taken over
+SOFT_LABELS = ("computed", "predicted")  # the tIoU and tND of the soft label: of the regressed segments, or of the two branches
 
 
 def overlap(offsets, offset_target):
@@ -57,7 +58,7 @@ def joint_score(p_cls, p_tiou, p_tnd, eps=1e-6):
 
 
 def soft_label(onehot, tiou_target, tnd_target, branches, eps=1e-6):
-    """The DIoU-based soft label Y = onehot * max(tIoU - tND, eps), from the computed, detached overlaps (Sec. 3.1).
+    """The DIoU-based soft label Y = onehot * max(tIoU - tND, eps), from detached overlaps (Sec. 3.1).
 
     The Y of Eq. (5). onehot (..., K), overlaps (...) -> (..., K). A tIoU branch alone predicts tIoU: its label is onehot * tIoU."""
     reliability = tiou_target if branches == "tiou" else tiou_target - tnd_target
@@ -84,11 +85,13 @@ def focal_loss(cls_logits, onehot, alpha=0.25, gamma=2.0):
     return alpha_t * (1 - p_t) ** gamma * F.binary_cross_entropy_with_logits(cls_logits, onehot, reduction="none")
 
 
-def detection_losses(outputs, cls_target, offset_target, use, branches, form, eps=1e-6, beta=2.0, alpha=0.25, gamma=2.0):
+def detection_losses(outputs, cls_target, offset_target, use, branches, form, source="computed", eps=1e-6, beta=2.0, alpha=0.25,
+                     gamma=2.0):
     """Sec. 3.1 at once: the three losses summed over the points `use` (B, P) bool, and the positives T+ among them.
 
     Returns {"cls", "reg", "quality"} scalars (finite without positives) and "positives" (scalar tensor). Without ALQA
-    (`branches` "none") the classification loss is focal loss on the one-hot target."""
+    (`branches` "none") the classification loss is focal loss on the one-hot target. `source`, one of SOFT_LABELS, says whose overlaps
+    the soft label takes: the paper says "predicted" and does not say by what; both are detached."""
     positive = (cls_target.sum(-1) > 0) & use
     regressed, target = outputs.offsets[positive], offset_target[positive]  # (T+, 2)
     tiou_target, tnd_target = overlap(regressed.detach(), target)  # no gradient: they are targets
@@ -96,7 +99,8 @@ def detection_losses(outputs, cls_target, offset_target, use, branches, form, ep
         cls = focal_loss(outputs.cls_logits[use], cls_target[use], alpha, gamma).sum()
     else:
         Y = torch.zeros_like(cls_target)
-        Y[positive] = soft_label(cls_target[positive], tiou_target, tnd_target, branches, eps)
+        overlaps = (tiou_target, tnd_target) if source == "computed" else (x[positive].detach() for x in (outputs.p_tiou, outputs.p_tnd))
+        Y[positive] = soft_label(cls_target[positive], *overlaps, branches, eps)
         cls = classification_loss(outputs.cls_logits[use], outputs.p_tiou[use], outputs.p_tnd[use], Y[use], beta, eps).sum()
     quality = quality_loss(outputs.p_tiou[positive], outputs.p_tnd[positive], tiou_target, tnd_target, branches, form)
     return {"cls": cls, "reg": diou_loss(regressed, target).sum(), "quality": quality.sum(), "positives": positive.sum()}
@@ -152,10 +156,10 @@ def select(detections, theta_l, threshold, theta_fixed, scope):
     `scope` is "class" or `threshold` "frequency").
     The form of the sum, the population std and >= are not given in the paper: with two instances the unbiased std never
     selects one. `scope` says what the statistics are over: each video, the dataset, each class of it. `threshold` "mean"
-    leaves the std out, "fixed" sets theta_h = theta_fixed: the fixed case of Fig. 3(c), and without quality branches, where the
-    joint score is the class score, the baseline of Tab. 3(a). "frequency", for NPL, lowers theta_fixed for rare classes as FlexMatch
-    does (Zhang et al. 2021): theta_fixed * f / (2 - f), f the number of a class's detections over theta_fixed as a
-    share of the largest class's; where that is below theta_l, theta_l decides."""
+    leaves the std out, "mean-std" takes it off, "fixed" sets theta_h = theta_fixed: the fixed case of Fig. 3(c), and without quality
+    branches, where the joint score is the class score, the baseline of Tab. 3(a). "frequency", for NPL, lowers theta_fixed for rare
+    classes as FlexMatch does (Zhang et al. 2021): theta_fixed * f / (2 - f), f the number of a class's detections over theta_fixed as
+    a share of the largest class's; where that is below theta_l, theta_l decides."""
     records = [{key: value[d["scores"] > theta_l] for key, value in d.items()} for d in detections]
 
     def theta(s):
@@ -165,7 +169,7 @@ def select(detections, theta_l, threshold, theta_fixed, scope):
             sure = scores >= theta_fixed
             f = int((s >= theta_fixed).sum()) / max(int(labels[sure].bincount(minlength=1).max()), 1)
             return theta_fixed * f / (2 - f)
-        return float(s.double().mean() + (s.double().std(correction=0) if threshold == "mean+std" else 0))
+        return float(s.double().mean() + {"mean+std": 1, "mean": 0, "mean-std": -1}[threshold] * s.double().std(correction=0))
 
     scores, labels = (torch.cat([r[key] for r in records]) if records else torch.zeros(0) for key in ("scores", "labels"))
     scope = "class" if threshold == "frequency" else scope

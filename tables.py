@@ -62,9 +62,10 @@ PROBES = {
                                (4, 4, (72.4, 72.3)), (4, 5, (73.9, 74.4)), (4, 8, (75.0, 73.8)))],
 }
 # What the paper leaves open: name, None, settings.
-OPEN = ("--rejected background", "--threshold mean+std", "--threshold mean", "--scope video", "--scope dataset", "--scope class",
-        "--no-exclusive", "--refresh 4", "--icd-pool max", "--icd-pool mean", "--icd-steps 200", "--repeat 1", "--pseudo-weights ema",
-        "--acp-tau 0.05", "--acp-tau 0.2", "--acp-steps 20", "--acp-steps 80", "--beta 1", "--lambda-u 1")
+OPEN = ("--rejected background", "--threshold mean+std", "--threshold mean", "--threshold mean-std", "--scope video", "--scope dataset",
+        "--scope class", "--no-exclusive", "--repeat 1", "--refresh 4", f"--refresh 4 {NO_ICD}", f"--refresh 4 {FIXED}",
+        "--pseudo-weights ema", "--lambda-u 1", "--icd-pool max", "--icd-pool mean", "--icd-steps 200", "--soft-label predicted",
+        "--beta 1", "--acp-tau 0.05", "--acp-tau 0.2", "--acp-steps 20", "--acp-steps 80")
 ROWS["open"] = [("the defaults", None, ""), *((option, None, option) for option in OPEN)]
 QUALITY = ("positive_accuracy", "class_accuracy", "mean_tIoU", "precision", "recall")
 PROBE_FRAMES = 30_000  # steps that fit, and that test, the probe, drawn at random where there are more

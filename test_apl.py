@@ -403,12 +403,20 @@ def test_kl_is_another_loss_than_bce():
     assert not torch.allclose(torch.autograd.grad(loss("bce"), p)[0], torch.autograd.grad(loss("kl"), p)[0], rtol=0.1)
 
 
-def test_quality_targets_carry_no_gradient():
+@pytest.mark.parametrize("source", alqa.SOFT_LABELS)
+def test_quality_targets_and_soft_labels_carry_no_gradient(source):
     out = small_detector().train()(torch.randn(1, 16, 6), torch.ones(1, 16, dtype=torch.bool))
-    out = out._replace(offsets=out.offsets.detach().requires_grad_())
+    out = out._replace(offsets=out.offsets.detach().requires_grad_(), cls_logits=out.cls_logits.detach().requires_grad_())
     cls, off = model.assign_targets(out.points, [torch.tensor([[2.0, 9.0]])], [torch.tensor([1])], 3)
-    losses = alqa.detection_losses(out, cls, off, out.mask, "tiou+tnd", "bce")
-    assert torch.autograd.grad(losses["cls"] + losses["quality"], out.offsets, allow_unused=True)[0] is None
+    losses = alqa.detection_losses(out, cls, off, out.mask, "tiou+tnd", "bce", source)
+    assert torch.autograd.grad(losses["cls"] + losses["quality"], out.offsets, allow_unused=True, retain_graph=True)[0] is None
+    positive = cls.any(-1)
+    Y = torch.zeros_like(cls)
+    mine = alqa.overlap(out.offsets[positive].detach(), off[positive]) if source == "computed" else (
+        out.p_tiou[positive], out.p_tnd[positive])
+    Y[positive] = alqa.soft_label(cls[positive], *mine, "tiou+tnd").detach()
+    expected = alqa.classification_loss(out.cls_logits, out.p_tiou, out.p_tnd, Y)[out.mask].sum()
+    assert losses["cls"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.autograd.grad(losses["reg"], out.offsets)[0].abs().sum() > 0
 
 
@@ -431,6 +439,7 @@ def test_selection_scopes_and_thresholds():
     pick = lambda *how: [r["positive"].tolist() for r in alqa.select(videos, 0.15, *how)[0]]
     assert pick("mean+std", 0.3, "dataset") == [[True, False], [False, False]]
     assert pick("mean", 0.3, "dataset") == [[True, True], [False, False]]
+    assert pick("mean-std", 0.3, "dataset") == [[True, True], [True, False]]  # 0.475 - 0.268
     assert pick("mean", 0.3, "class") == [[True, True], [False, False]]
     assert pick("mean+std", 0.3, "class") == [[True, True], [False, False]]
     assert pick("fixed", 0.3, "video") == [[True, True], [True, False]]

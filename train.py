@@ -28,7 +28,7 @@ import evaluate
 import icd
 import model
 from acp import ACP
-from alqa import SCOPES, THRESHOLDS
+from alqa import SCOPES, SOFT_LABELS, THRESHOLDS
 from data import BadInput, ahead, blind, crop_segments, load_dataset, load_item, training_batches
 from icd import BOUNDS, REFINEMENTS
 from model import BRANCHES
@@ -87,6 +87,7 @@ class Settings:
     alqa: str = of("tiou+tnd", "quality branches [S]; none: plain ActionFormer", BRANCHES)
     tnd_bias: float = of(-2.0, "start of the tND branch's bias, which parts it from the tIoU branch [J]", "finite")
     quality_form: str = of("bce", "loss of Eq. (3) [S]", ("bce", "kl"))
+    soft_label: str = of("computed", "tIoU and tND of the soft label Y: of the regressed segments, or the branches' [J]", SOFT_LABELS)
     eps: float = of(1e-6, "least reliability P_tiou - P_tnd in Eq. (4) and (5) [J]")
     beta: float = of(2.0, "focusing exponent of Eq. (5) [J]")
     focal_alpha: float = of(0.25, "focal loss without quality branches [A]")
@@ -199,8 +200,8 @@ PRESETS = {
 RUN = {"out", "stage", "start", "resume", "audit", "device", "log_every", "weights"}
 JOINT = {"theta_l", "threshold", "theta_fixed", "repeat", "exclusive", "scope", "icd", "theta_drop", "theta_mine", "rejected",
          "joint_epochs", "refresh", "pseudo_weights", "lambda_u", "rerank", "icd_bounds"}
-SUPERVISED = {"quality_form", "eps", "beta", "focal_alpha", "focal_gamma", "icd_pool", "icd_pairs", "icd_steps", "acp_after", "lambda_reg",
-              "lambda_quality", "lambda_acp", "mixup", "supervised_epochs", "supervised_steps"}
+SUPERVISED = {"quality_form", "soft_label", "eps", "beta", "focal_alpha", "focal_gamma", "icd_pool", "icd_pairs", "icd_steps", "acp_after",
+              "lambda_reg", "lambda_quality", "lambda_acp", "mixup", "supervised_epochs", "supervised_steps"}
 LATER = {"pretrain": SUPERVISED | JOINT, "supervised": JOINT, "all": set()}  # what a run that ends after a stage does not depend on
 
 
@@ -244,8 +245,8 @@ def point_losses(run, outputs, instances, branch):
     use = outputs.mask & (positive | ~unsure)
     if branch == 1:  # a video without a pseudo label leaves L_unsup
         use = use & torch.tensor([len(l) > 0 for l in labels], device=run.device)[:, None]
-    losses = alqa.detection_losses(outputs, cls_target, offset_target, use, s.alqa, s.quality_form, s.eps, s.beta, s.focal_alpha,
-                                   s.focal_gamma)
+    losses = alqa.detection_losses(outputs, cls_target, offset_target, use, s.alqa, s.quality_form, s.soft_label, s.eps, s.beta,
+                                   s.focal_alpha, s.focal_gamma)
     return {key: evaluate.total(value) for key, value in losses.items()}
 
 
