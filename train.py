@@ -181,8 +181,9 @@ EPIC = PUBLISHED | {
     "root": "data/epic_kitchens", "extension": ".npz", "stride": 16.0, "frames": 32.0, "fps": 30.0, "windows": "9",
     "ranges": "0:4,2:8,4:16,8:32,16:64,32:inf", "t_plus": 250.0, "nms_sigma": 0.4, "pre_nms": 5000, "max_detections": 2000,
     "tiou": "0.1:0.5:0.1"}
-SMALL = {"channels": 128, "windows": "9", "lr": 1e-3, "supervised_steps": 400, "joint_epochs": 10, "icd_pool": "mean", "threshold": "mean",
-         "scope": "class", "exclusive": True, "acp_after": "none", "precision": "float32"}  # narrow layers: bfloat16 saves nothing
+SMALL = {"channels": 128, "windows": "9", "lr": 1e-3, "supervised_steps": 400, "joint_epochs": 10, "icd_pool": "mean",
+         "threshold": "mean-std", "scope": "class", "exclusive": True, "acp_after": "none",
+         "precision": "float32"}  # narrow layers: bfloat16 saves nothing
 OWN = SMALL  # a user's own data
 PRESETS = {
     "toy": SMALL | {"channels": 64, "joint_epochs": 20},
