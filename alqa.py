@@ -57,11 +57,11 @@ def joint_score(p_cls, p_tiou, p_tnd, eps=1e-6):
     return P
 
 
-def soft_label(onehot, tiou_target, tnd_target, branches, eps=1e-6):
+def soft_label(onehot, tIoU, tND, branches, eps=1e-6):
     """The DIoU-based soft label Y = onehot * max(tIoU - tND, eps), from detached overlaps (Sec. 3.1).
 
     The Y of Eq. (5). onehot (..., K), overlaps (...) -> (..., K). A tIoU branch alone predicts tIoU: its label is onehot * tIoU."""
-    reliability = tiou_target if branches == "tiou" else tiou_target - tnd_target
+    reliability = tIoU if branches == "tiou" else tIoU - tND
     return onehot * reliability.clamp(min=eps)[..., None]
 
 
@@ -113,7 +113,7 @@ def without_repeats(detections, overlap, exclusive):
 
     Not given in the paper. Soft-NMS leaves repeats of an instance with a lower score: they would come back as candidates, be
     mined as second pseudo labels of what is labelled already, and mask the background around it. Where no two classes share a
-    segment, a second class for a segment is as surely wrong."""
+    segment, at most one of two classes for a segment is right: the better score decides."""
     order = torch.argsort(detections["scores"], descending=True, stable=True)
     d = {key: value[order] for key, value in detections.items()}
     repeats = torch.triu(tiou(d["segments"][:, None], d["segments"]) > overlap, 1)

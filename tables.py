@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +62,7 @@ PROBES = {
            for b, k, paper in ((2, 2, (71.0, 70.1)), (2, 3, (72.8, 73.5)), (2, 4, (76.2, 73.0)),
                                (4, 4, (72.4, 72.3)), (4, 5, (73.9, 74.4)), (4, 8, (75.0, 73.8)))],
 }
-# What the paper leaves open: name, None, settings.
+# What the paper leaves open: settings, one row each.
 OPEN = ("--rejected background", "--threshold mean+std", "--threshold mean", "--threshold mean-std", "--scope video", "--scope dataset",
         "--scope class", "--no-exclusive", "--repeat 1", "--refresh 4", f"--refresh 4 {NO_ICD}", f"--refresh 4 {FIXED}",
         "--pseudo-weights ema", "--lambda-u 1", "--icd-pool max", "--icd-pool mean", "--icd-steps 200", "--soft-label predicted",
@@ -142,35 +142,47 @@ def calibration(folder):
 
 def auc(values, right):
     """The chance that a right one's value is over a wrong one's, ties half: values (N,), right (N,) bool; None without either kind."""
-    right, wrong = values[right & ~values.isnan()], values[~right & ~values.isnan()]
+    right, wrong = values[right], values[~right]
     return float(mannwhitneyu(right, wrong).statistic) / (len(right) * len(wrong)) if len(right) and len(wrong) else None
 
 
 def causes(folder):
-    """A run's last pseudo labels against the labels that it never saw: {class, or "all": {what: a number or None}}.
+    """A run's last pseudo labels against the labels that it never saw: a row {"class", what: a number, or None where nothing is
+    counted} a class, and one of all classes.
 
     Precision and recall at tIoU 0.5 of what ALQA selects and of what ICD leaves, and how well the joint score and ICD's similarity
-    tell right from wrong among all that was detected over theta_l (area under the ROC curve)."""
-    content, (_, d, _) = evaluate.read_checkpoint(folder / "checkpoint.pt"), read_run(folder)
-    records, hidden, found = [], [d.hidden[video.id] for video in d.unlabelled], {}
-    for video, h in zip(d.unlabelled, hidden):
-        r = content["pseudo"][video.id]  # the best first
-        arrays = (r["segments"].double(), r["labels"], h.segments.double(), h.labels)
-        right = evaluate.match(*(x.numpy() for x in arrays), np.array([0.5]))[0]
-        records.append(r | {"right": torch.from_numpy(right)})
-    for c, name in enumerate([*d.classes, "all"]):
-        mine = lambda labels, c=c: (labels == c) | (c == len(d.classes))
-        truth = [replace(h, segments=h.segments[mine(h.labels)], labels=h.labels[mine(h.labels)]) for h in hidden]
-        row = {"labelled": sum(int(mine(v.labels).sum()) for v in d.labelled), "hidden": sum(len(h.labels) for h in truth)}
-        for part, status in (("ALQA", (icd.KEPT, icd.DROPPED)), ("ICD", (icd.KEPT, icd.MINED))):
-            chosen = [mine(r["labels"]) & torch.isin(r["status"], torch.tensor(status)) for r in records]
-            chosen = [{key: value[x] for key, value in r.items()} for r, x in zip(records, chosen)]
-            quality = evaluate.pseudo_label_quality(chosen, truth)
-            row |= {f"{part} {key}": quality[key] if sum(len(r["labels"]) for r in chosen) else None for key in ("precision", "recall")}
-        of_class = torch.cat([mine(r["labels"]) for r in records])
-        scores, similarity, right = (torch.cat([r[key] for r in records])[of_class] for key in ("scores", "similarity", "right"))
-        found[name] = row | {"AUC score": auc(scores, right), "AUC similarity": auc(similarity, right)}
-    return found
+    tell right from wrong (area under the ROC curve) among all detections that were selected from, repeats left out, whose class
+    has labelled instances."""
+    content = evaluate.read_checkpoint(folder / "checkpoint.pt")
+    d = data.load_dataset(train.Settings(**content["settings"] | {"audit": True}))
+    if content["pseudo"] is None:
+        raise data.BadInput(f"the run in {folder} made no pseudo labels")
+    hidden = [d.hidden[video.id] for video in d.unlabelled]
+
+    def picked(*states):
+        found = []
+        for video, h in zip(d.unlabelled, hidden):
+            r = content["pseudo"][video.id]  # the best first
+            r = {key: value[torch.isin(r["status"], torch.tensor(states))] for key, value in r.items()}
+            arrays = (r["segments"].double(), r["labels"], h.segments.double(), h.labels)
+            right = evaluate.match(*(x.numpy() for x in arrays), np.array([0.5]))[0]
+            found.append({key: r[key] for key in ("labels", "scores", "similarity")} | {"right": torch.from_numpy(right)})
+        return {key: torch.cat([r[key] for r in found]) for key in found[0]}
+    parts = {"ALQA": picked(icd.KEPT, icd.DROPPED), "ICD": picked(icd.KEPT, icd.MINED)}
+    detected = picked(*range(len(icd.STATUS)))
+    labelled, truth = (torch.cat([v.labels for v in videos]) for videos in (d.labelled, hidden))
+    rows = []
+    for c, name in enumerate([*d.classes, "all classes"]):
+        of_class = lambda labels, c=c: (labels == c) | (c == len(d.classes))
+        row = {"class": name, "labelled": int(of_class(labelled).sum()), "hidden": int(of_class(truth).sum())}
+        for part, r in parts.items():
+            chosen, right = int(of_class(r["labels"]).sum()), int((of_class(r["labels"]) & r["right"]).sum())
+            row |= {f"{part} precision": right / chosen if chosen else None,
+                    f"{part} recall": right / row["hidden"] if row["hidden"] else None}
+        known = of_class(detected["labels"]) & ~detected["similarity"].isnan()
+        scores, similarity, right = (detected[key][known] for key in ("scores", "similarity", "right"))
+        rows.append(row | {"AUC score": auc(scores, right), "AUC similarity": auc(similarity, right)})
+    return rows
 
 
 # ---- The linear probe -----------------------------------------------------------------------------------------------
@@ -268,10 +280,11 @@ def rows_of(table, options, splits, seeds, runs):
                 key: spread([row[key] for row in found]) for key in ("accuracy", "recall")}
         return
     if table == "causes":
-        found = [saved(f / "causes.json", lambda f=f: causes(f)) for f in (reach(of_seed(seed), "all", runs) for seed in seeds)]
-        for name in found[0]:
-            known = {key: [row[name][key] for row in found if row[name][key] is not None] for key in found[0][name]}
-            yield {"row": name} | {key: f"{statistics.mean(x):.3g}" if x else "-" for key, x in known.items()}
+        for rows in zip(*(causes(reach(of_seed(seed), "all", runs)) for seed in seeds)):
+            known = {key: [row[key] for row in rows if row[key] is not None] for key in rows[0] if key != "class"}
+            yield {"class": rows[0]["class"]} | {
+                key: "-" if not x else f"{statistics.mean(x):.1f}" if key in ("labelled", "hidden") else f"{statistics.mean(x):.2f}"
+                for key, x in known.items()}
         return
     first = None
     for name, paper, more in ROWS[table]:

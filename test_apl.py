@@ -406,18 +406,19 @@ def test_kl_is_another_loss_than_bce():
 @pytest.mark.parametrize("source", alqa.SOFT_LABELS)
 def test_quality_targets_and_soft_labels_carry_no_gradient(source):
     out = small_detector().train()(torch.randn(1, 16, 6), torch.ones(1, 16, dtype=torch.bool))
-    out = out._replace(offsets=out.offsets.detach().requires_grad_(), cls_logits=out.cls_logits.detach().requires_grad_())
+    leaves = {key: getattr(out, key).detach().requires_grad_() for key in ("offsets", "cls_logits", "p_tiou", "p_tnd")}
+    out = out._replace(**leaves)
     cls, off = model.assign_targets(out.points, [torch.tensor([[2.0, 9.0]])], [torch.tensor([1])], 3)
     losses = alqa.detection_losses(out, cls, off, out.mask, "tiou+tnd", "bce", source)
-    assert torch.autograd.grad(losses["cls"] + losses["quality"], out.offsets, allow_unused=True, retain_graph=True)[0] is None
-    positive = cls.any(-1)
-    Y = torch.zeros_like(cls)
-    mine = alqa.overlap(out.offsets[positive].detach(), off[positive]) if source == "computed" else (
-        out.p_tiou[positive], out.p_tnd[positive])
-    Y[positive] = alqa.soft_label(cls[positive], *mine, "tiou+tnd").detach()
+    gradients = lambda loss, *keys: torch.autograd.grad(loss, [leaves[key] for key in keys], allow_unused=True, retain_graph=True)
+    assert gradients(losses["cls"] + losses["quality"], "offsets") == (None,)
+    assert gradients(losses["reg"], "offsets")[0].abs().sum() > 0
+    positive, Y = cls.any(-1), torch.zeros_like(cls)
+    overlaps = alqa.overlap(out.offsets[positive], off[positive]) if source == "computed" else (out.p_tiou[positive], out.p_tnd[positive])
+    Y[positive] = alqa.soft_label(cls[positive], *overlaps, "tiou+tnd").detach()
     expected = alqa.classification_loss(out.cls_logits, out.p_tiou, out.p_tnd, Y)[out.mask].sum()
-    assert losses["cls"].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert torch.autograd.grad(losses["reg"], out.offsets)[0].abs().sum() > 0
+    for mine, theirs in zip(*(gradients(loss, "cls_logits", "p_tiou", "p_tnd") for loss in (losses["cls"], expected))):
+        assert torch.allclose(mine, theirs, atol=1e-6) and mine.abs().sum() > 0
 
 
 def detections(*scores, labels=None):
@@ -1370,30 +1371,41 @@ def test_the_probe_tells_classes_and_the_supervised_row_needs_no_stage_3(own, ca
 
 
 def test_auc_against_a_count_of_pairs():
-    values, right = torch.tensor([0.1, 0.4, 0.4, 0.9, math.nan]), torch.tensor([False, True, False, True, True])
+    values, right = torch.tensor([0.1, 0.4, 0.4, 0.9]), torch.tensor([False, True, False, True])
     assert tables.auc(values, right) == (1 + 0.5 + 1 + 1) / 4
     assert tables.auc(values, right | True) is None
 
 
-def test_causes_count_pseudo_labels_by_class(own, capsys):
-    assert tables.main(["causes", *table_argv(own, "--threshold", "fixed", "--theta-fixed", 0.0), "--seeds", "0,"]) == 0
-    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")}
-    assert list(rows)[2:] == ["A", "B", "all"]
-    head = rows["row"]
-    for name in rows["A"], rows["B"], rows["all"]:
-        assert len(name) == len(head)
+def test_causes_count_pseudo_labels_by_class_and_state(own, capsys):
+    argv = [*table_argv(own, "--joint-epochs", 1), "--seeds", "0,"]
+    assert tables.main(["causes", *argv]) == 0
     folder, = (own / "tables").glob("all-*")
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
     _, d, _ = tables.read_run(folder)
-    pseudo = evaluate.read_checkpoint(folder / "checkpoint.pt")["pseudo"]
-    for c, name in enumerate("AB"):
-        assert int(rows[name][0]) == sum(int((v.labels == c).sum()) for v in d.labelled)
-        assert int(rows[name][1]) == sum(int((h.labels == c).sum()) for h in d.hidden.values())
-    found = json.loads((folder / "causes.json").read_text())
-    quality = evaluate.pseudo_label_quality([pseudo[v.id] for v in d.unlabelled], [d.hidden[v.id] for v in d.unlabelled])
-    assert found["all"]["ALQA recall"] == quality["recall"]  # everything over theta_l is selected
-    assert found["all"]["ALQA precision"] == quality["precision"]
-    assert found["A"]["hidden"] * found["A"]["ALQA recall"] + found["B"]["hidden"] * found["B"]["ALQA recall"] == pytest.approx(
-        found["all"]["hidden"] * found["all"]["ALQA recall"])
+    nothing = {key: content["pseudo"][d.unlabelled[0].id][key][:0] for key in ("segments", "labels", "scores", "similarity", "status")}
+    h = d.hidden[d.unlabelled[0].id]
+    c, other, _ = h.labels.tolist()  # the third instance is of the first's class
+    record = {"segments": torch.cat([h.segments, torch.tensor([[60.0, 63.0]])]), "labels": torch.tensor([c, c, c, other]),
+              "scores": torch.tensor([0.9, 0.8, 0.4, 0.3]), "similarity": torch.tensor([0.9, 0.1, 0.8, math.nan]),
+              "status": torch.tensor([icd.KEPT, icd.DROPPED, icd.MINED, icd.CANDIDATE])}
+    content["pseudo"] = dict.fromkeys(content["pseudo"], nothing) | {d.unlabelled[0].id: record}
+    torch.save(content, folder / "checkpoint.pt")
+    row, *_, total = sorted(tables.causes(folder), key=lambda row: (row["class"] == "all classes", row["class"] != d.classes[c]))
+    n = sum(int((v.labels == c).sum()) for v in d.hidden.values())
+    assert row == {"class": d.classes[c], "labelled": sum(int((v.labels == c).sum()) for v in d.labelled), "hidden": n,
+                   "ALQA precision": 1 / 2, "ALQA recall": 1 / n, "ICD precision": 1.0, "ICD recall": 2 / n, "AUC score": 0.5,
+                   "AUC similarity": 1.0}
+    assert (total["hidden"], total["ICD recall"]) == (21, 2 / 21)
+    missed, = (row for row in tables.causes(folder) if row["class"] == d.classes[other])
+    assert (missed["ALQA precision"], missed["ALQA recall"], missed["AUC score"]) == (None, 0.0, None)
+    capsys.readouterr()
+    assert tables.main(["causes", *argv]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0][2:] for row in rows] == ["class", "---", "A", "B", "all classes"]
+    content["pseudo"] = None
+    torch.save(content, folder / "checkpoint.pt")
+    with pytest.raises(data.BadInput, match="no pseudo labels"):
+        tables.causes(folder)
 
 
 def test_tables_refuse_what_they_do_not_know(own, capsys):
