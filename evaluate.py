@@ -236,13 +236,23 @@ def mean_average_precision(truth, predictions, tious):
             "videos": len(truth), "instances": len(truth_rows)}
 
 
+def matched(record, video):
+    """Which pseudo labels of a record (N,) bool match an instance of their class in a LabelledVideo at tIoU 0.5, one to one, the best
+    score first."""
+    order = torch.argsort(record["scores"], descending=True, stable=True)
+    arrays = (record["segments"][order].double(), record["labels"][order], video.segments.double(), video.labels)
+    right = torch.zeros(len(order), dtype=torch.bool)
+    right[order] = torch.from_numpy(match(*(a.numpy() for a in arrays), np.array([0.5]))[0])
+    return right
+
+
 def pseudo_label_quality(records, hidden):
     """Quality of pseudo labels against the labels that training never sees (--audit), as Fig. 3(c) has it.
 
     records and hidden: one a video, {"segments", "labels"} and LabelledVideo. Returns class accuracy (of the ground truth that
     overlaps most), mean tIoU with it, positive accuracy (its class, and tIoU over 0.5), and precision and recall of one-to-one
     matches of the class at tIoU 0.5."""
-    right, overlap, matched, predicted, real = [], [], 0, 0, 0
+    right, overlap, hits, predicted, real = [], [], 0, 0, 0
     for r, video in zip(records, hidden):
         predicted, real = predicted + len(r["labels"]), real + len(video.labels)
         if not len(r["labels"]) or not len(video.labels):
@@ -250,13 +260,11 @@ def pseudo_label_quality(records, hidden):
             continue
         best, index = tiou(r["segments"][:, None], video.segments).max(1)
         overlap.append(best), right.append((video.labels[index] == r["labels"]) & (best > 0))
-        order = torch.argsort(r["scores"], descending=True)
-        arrays = (r["segments"][order].double(), r["labels"][order], video.segments.double(), video.labels)
-        matched += int(match(*(a.numpy() for a in arrays), np.array([0.5])).sum())
+        hits += int(matched(r, video).sum())
     right, overlap = torch.cat(right), torch.cat(overlap)
     mean = lambda x: float(x.float().mean()) if len(x) else 0.0
     return {"class_accuracy": mean(right), "mean_tIoU": mean(overlap), "positive_accuracy": mean(right & (overlap > 0.5)),
-            "precision": matched / max(predicted, 1), "recall": matched / max(real, 1)}
+            "precision": hits / max(predicted, 1), "recall": hits / max(real, 1)}
 
 
 def table(metrics, title):

@@ -17,7 +17,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from scipy.stats import mannwhitneyu, spearmanr
 
@@ -162,11 +161,9 @@ def causes(folder):
     def picked(*states):
         found = []
         for video, h in zip(d.unlabelled, hidden):
-            r = content["pseudo"][video.id]  # the best first
+            r = content["pseudo"][video.id]
             r = {key: value[torch.isin(r["status"], torch.tensor(states))] for key, value in r.items()}
-            arrays = (r["segments"].double(), r["labels"], h.segments.double(), h.labels)
-            right = evaluate.match(*(x.numpy() for x in arrays), np.array([0.5]))[0]
-            found.append({key: r[key] for key in ("labels", "scores", "similarity")} | {"right": torch.from_numpy(right)})
+            found.append({key: r[key] for key in ("labels", "scores", "similarity")} | {"right": evaluate.matched(r, h)})
         return {key: torch.cat([r[key] for r in found]) for key in found[0]}
     parts = {"ALQA": picked(icd.KEPT, icd.DROPPED), "ICD": picked(icd.KEPT, icd.MINED)}
     detected = picked(*range(len(icd.STATUS)))
