@@ -1346,6 +1346,8 @@ def test_tables_share_stages_resume_and_print_markdown(own, capsys, monkeypatch)
     assert len({row.count("|") for row in rows[:6]}) == 1
     stages = [path.name.split("-")[0] for path in (own / "tables").iterdir()]
     assert {stage: stages.count(stage) for stage in set(stages)} == {"pretrain": 2, "supervised": 2 * 5, "all": 2 * 7}
+    calibrated = [path.parent.name.split("-")[0] for path in (own / "tables").glob("*/calibration.json")]
+    assert calibrated == ["supervised"] * 2 * 4  # after stage 3 the videos are no longer held out
     monkeypatch.setattr(train, "main", None)  # nothing is trained again
     assert tables.main(["3a", "3b", *table_argv(own)]) == 0
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")] == rows
@@ -1368,6 +1370,23 @@ def test_the_probe_tells_classes_and_the_supervised_row_needs_no_stage_3(own, ca
     assert ((x @ W[:-1] + W[-1]).argmax(1) == y).float().mean() > 0.7
     assert tables.main(["S6"]) == 0
     assert "26,016,768" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["ranked", "reversed", "another class"])
+def test_calibration_ranks_scores_against_the_true_tiou(own, monkeypatch, case):
+    folder = tables.reach(own_argv(own, "--acp", "none"), "supervised", own / "tables")
+
+    def detect(detector, videos, d, s, device):
+        assert [video.id for video in videos] == [video.id for video in d.unlabelled]  # held out: none was trained on
+        for i, video in enumerate(videos):
+            h = d.hidden[video.id]
+            shift = 0.02 * (torch.arange(len(h.labels)) + 3 * i)[:, None]  # of the instance's length: the true tIoU falls with it
+            labels = h.labels if case != "another class" else torch.where(shift[:, 0] < 0.1, 1 - h.labels, h.labels)
+            yield {"segments": h.segments + shift * (h.segments[:, 1:] - h.segments[:, :1]), "labels": labels,
+                   "scores": 0.5 + shift[:, 0] * (1 if case == "reversed" else -1)}
+    monkeypatch.setattr(evaluate, "detect", detect)
+    found = tables.calibration(folder)["rank_correlation"]
+    assert found < 0.5 if case == "another class" else found == pytest.approx(-1 if case == "reversed" else 1)
 
 
 def test_auc_against_a_count_of_pairs():
