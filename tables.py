@@ -122,11 +122,11 @@ def read_run(folder):
 # ---- Calibration ----------------------------------------------------------------------------------------------------
 
 def calibration(folder):
-    """Rank correlation (Spearman) of the joint score with the true tIoU, of a run's detections on held-out labelled videos, those
-    training videos whose labels it never saw: {"rank_correlation"}. They are held out until stage 3, so `folder` is of stage 2.
+    """Rank correlation (Spearman) of the score after Soft-NMS with the true tIoU, of a run's detections on held-out labelled videos:
+    the training videos whose labels it never saw -> {"rank_correlation"}. `folder` is of stage 2: stage 3 trains on them.
 
-    The true tIoU is that with the best instance of the detection's class. Of each video the best detections, twice as many as it has
-    instances; a detection that repeats a better one counts as any other."""
+    Without quality branches the score is the class score. The true tIoU is that with the best instance of the detection's class. Of
+    each video the best detections, twice as many as it has instances; one that repeats a better one has its tIoU all the same."""
     s, d, detector = read_run(folder)
     scores, truth = [], []
     for video, r in zip(d.unlabelled, evaluate.detect(detector, d.unlabelled, d, s, torch.device(s.device))):
@@ -288,9 +288,9 @@ def rows_of(table, options, splits, seeds, runs):
             argv.remove("--stage")
         cells, average = detection_row([reach([*of_seed(seed), *argv], stage, runs) for seed in seeds], table)
         if table == "3b":
-            held_out = [reach([*of_seed(seed), *argv], "supervised", runs) for seed in seeds]
-            rank = [saved(f / "calibration.json", lambda f=f: calibration(f))["rank_correlation"] for f in held_out]
-            cells["score against true tIoU"] = f"{statistics.mean(rank):.2f}"
+            folders = [reach([*of_seed(seed), *argv], "supervised", runs) for seed in seeds]
+            rank = [saved(f / "calibration.json", lambda f=f: calibration(f))["rank_correlation"] for f in folders]
+            cells["after stage 2: score against true tIoU"] = f"{statistics.mean(rank):.2f}"
         first = first or average
         paired = spread([a - b for a, b in zip(average, first)])
         yield {"row": name, "paper, THUMOS14 10 %": "-" if paper is None else f"{paper}"} | cells | {"minus the first row": paired}
