@@ -1,77 +1,157 @@
-"""Action-aware Contrastive Pre-training, ACP (Sec. 3.3): Eq. (11).
+"""Action-aware Contrastive Pre-training, ACP (Sec. 3.3): Eq. (11); acp_loss() is Fig. S1.
 
-Input   the detector's pyramid and the raw input features of a batch; after pre-training also segments and labels.
-Output  L_acp = L_coarse + L_fine, a scalar with gradient into the backbone and neck; no projection head.
+Input   the detector's pyramid and the raw input features of a batch; after pre-training also
+        segments and labels.
+Output  L_acp = L_coarse + L_fine, a scalar with gradient into the backbone and neck; no
+        projection head.
 """
 import torch
 import torch.nn.functional as F
+
+from data import rows_of_all, share_of
 
 ACP = ("none", "coarse", "fine", "coarse+fine")
 
 
 def sample_steps(lengths, m, generator):
-    """Cut each video's valid steps into m equal parts and draw one step from each: lengths B -> (B, m) long.
+    """Cut each video's valid steps into m equal parts and draw one step from each.
 
-    A video of fewer than m steps gives some of them more than once."""
-    cuts = torch.tensor(lengths, dtype=torch.float64)[:, None] * (torch.arange(m) + torch.rand(len(lengths), m, generator=generator)) / m
-    return torch.minimum(cuts.long(), torch.tensor(lengths)[:, None] - 1)
+    A video of fewer than m steps gives some of them more than once.
+    lengths  (B,) integers
+    ->       (B, m) integers"""
+    part = torch.arange(m) + torch.rand(len(lengths), m, generator=generator)
+    steps = (lengths[:, None].double() * part / m).long()
+    return torch.minimum(steps, lengths[:, None] - 1)
+
+
+def rows_at(x, steps):
+    """The rows of x (B, T, C) at steps (B, m) -> (B, m, C)."""
+    return x.gather(1, steps[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def representation(levels, masks, steps):
-    """The pyramid at `steps`: every level upsampled (linear) to T and concatenated (Sec. 3.3), read at steps (B, m) only.
+    """The pyramid, every level upsampled (linear) to T and concatenated, read at `steps` only.
 
-    levels [(B, T_l, C)], masks [(B, T_l)] -> (B, m, L * C). Interpolation stops at a video's last valid step, so padding does
-    not enter."""
-    columns = []
+    Interpolation stops at a video's last valid step, so padding does not enter.
+    levels  [(B, T_l, C)], masks [(B, T_l)]
+    steps   (B, m)
+    ->      (B, m, L * C)"""
+    parts = []
     for level, (x, mask) in enumerate(zip(levels, masks)):
         last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
-        at = ((steps + 0.5) / 2 ** level - 0.5).clamp(min=0)
-        before = torch.minimum(at.floor().long(), last)
+        position = ((steps + 0.5) / 2 ** level - 0.5).clamp(min=0)
+        before = torch.minimum(position.floor().long(), last)
         after = torch.minimum(before + 1, last)
-        weight = (at - before).clamp(max=1)[..., None]
-        pick = lambda i, x=x: x.float().gather(1, i[..., None].expand(-1, -1, x.shape[-1]))
-        columns.append(torch.lerp(pick(before), pick(after), weight))
-    return torch.cat(columns, -1)
+        weight = (position - before).clamp(max=1)[..., None]
+        x = x.float()
+        parts.append(torch.lerp(rows_at(x, before), rows_at(x, after), weight))
+    return torch.cat(parts, -1)
+
+
+def squared_distance(x, centres):
+    """x (N, D), centres (R, k, D) -> (R, N, k)."""
+    x_square = (x ** 2).sum(-1)[:, None]
+    c_square = (centres ** 2).sum(-1)[..., None, :]
+    return (x_square - 2 * x @ centres.transpose(-1, -2) + c_square).clamp(min=0)
+
+
+def kmeans_plus_plus(x, k, generator, restarts):
+    """Starting centres of K-means++: x (N, D) -> (R, k, D), R = restarts, all drawn side by side."""
+    N = len(x)
+    first = (torch.rand(restarts, generator=generator).to(x.device) * N).long()
+    centres = x[first][:, None]
+    for _ in range(k - 1):
+        chance = squared_distance(x, centres).amin(-1).cumsum(-1)  # (R, N)
+        draw = torch.rand(restarts, 1, generator=generator).to(x.device) * chance[:, -1:]
+        row = torch.searchsorted(chance, draw, right=True).clamp(max=N - 1)  # (R, 1)
+        centres = torch.cat([centres, x[row]], 1)
+    return centres
 
 
 @torch.no_grad()
-def kmeans(x, k, generator, restarts=10, iterations=100):
-    """K-means with k-means++ starts: x (N, D) -> cluster of each row (N,), of the best of `restarts` runs.
+def kmeans(x, k, generator, restarts, iterations=100):
+    """K-means from K-means++ starts: the best of `restarts` runs, which go side by side.
 
-    Seeded by `generator`. All restarts run side by side. A cluster that loses its last row restarts at the row farthest from
-    its centre; fewer than k distinct rows leave clusters empty."""
+    A cluster that loses its last row restarts at the row farthest from its centre; fewer than k
+    distinct rows leave clusters empty.
+    x   (N, D)
+    ->  the cluster of each row (N,)"""
     x = x.float()
-    N, R = len(x), restarts
-    if N == 0:
+    if len(x) == 0:
         return torch.zeros(0, dtype=torch.long, device=x.device)
-    draw = lambda *shape: torch.rand(*shape, generator=generator).to(x.device)
-    square = (x ** 2).sum(-1)
-    distance = lambda c: (square[:, None] - 2 * x @ c.transpose(-1, -2) + (c ** 2).sum(-1)[..., None, :]).clamp(min=0)  # (R, N, k)
-    centres = x[(draw(R) * N).long()][:, None]  # (R, 1, D)
-    for _ in range(k - 1):
-        nearest = distance(centres).amin(-1).cumsum(-1)  # (R, N)
-        row = torch.searchsorted(nearest, draw(R, 1) * nearest[:, -1:], right=True).clamp(max=N - 1)
-        centres = torch.cat([centres, x[row]], 1)
+    centres = kmeans_plus_plus(x, k, generator, restarts)  # (R, k, D)
     cluster = None
     for _ in range(iterations):
-        gap, new = distance(centres).min(-1)  # (R, N)
-        if cluster is not None and torch.equal(new, cluster):
+        gap, nearest = squared_distance(x, centres).min(-1)  # (R, N)
+        if cluster is not None and torch.equal(nearest, cluster):
             break
-        cluster = new
+        cluster = nearest
         member = F.one_hot(cluster, k).float()  # (R, N, k)
-        count = member.sum(1)  # (R, k)
-        centres = (member.transpose(1, 2) @ x) / count.clamp(min=1)[..., None]
-        farthest = x[gap.argmax(-1)][:, None].expand_as(centres)
-        centres = torch.where(count[..., None] > 0, centres, farthest)
+        count = member.sum(1)[..., None]  # (R, k, 1)
+        mean = (member.transpose(1, 2) @ x) / count.clamp(min=1)
+        farthest = x[gap.argmax(-1)][:, None]  # (R, 1, D)
+        centres = torch.where(count > 0, mean, farthest)
     return cluster[gap.sum(-1).argmin()]
 
 
-def info_nce(z, labels, tau):
-    """Eq. (11): L = -mean_i mean_{p in P_i} log[ exp(z_i.z_p / tau) / (exp(z_i.z_p / tau) + sum_{n in N_i} exp(z_i.z_n / tau)) ].
+def cluster_labels(x, s, generator):
+    """Labels of pre-training: clusters of raw features, 2 a video (coarse), s.acp_clusters a batch.
 
-    z (N, C), normalised here, labels (N,): P_i shares i's label (without i), N_i does not -> scalar. Anchors without a
-    positive or a negative are skipped; with none left the loss is 0."""
-    z = F.normalize(z.float(), dim=-1)
+    x   (B, m, D)
+    ->  coarse, fine, each (B, m), or None where the settings do not ask for it"""
+    coarse = fine = None
+    if "coarse" in s.acp:
+        coarse = torch.stack([kmeans(x_b, 2, generator, s.acp_restarts) for x_b in x])
+    if "fine" in s.acp:
+        fine = kmeans(x.flatten(0, 1), s.acp_clusters, generator, s.acp_restarts)
+        fine = fine.unflatten(0, x.shape[:2])
+    return coarse, fine
+
+
+def covers(segments, steps):
+    """Which steps (m,) lie in which segments (N, 2) -> (m, N) bool."""
+    return (steps[:, None] >= segments[:, 0]) & (steps[:, None] <= segments[:, 1])
+
+
+def step_classes(steps, segments, labels, rejected, num_classes):
+    """The class of each step (m,) -> (m,): of the shortest segment (N, 2) that covers it.
+
+    Else -1, unknown, inside a rejected segment; else background, num_classes."""
+    classes = torch.where(covers(rejected, steps).any(1), -1, num_classes)
+    if len(segments) == 0:
+        return classes
+    length = segments[:, 1] - segments[:, 0]
+    shortest, index = torch.where(covers(segments, steps), length, torch.inf).min(1)
+    return torch.where(shortest < torch.inf, labels[index], classes)
+
+
+def action_labels(steps, instances, num_classes):
+    """Labels after pre-training, from B records {"segments", "labels", "rejected"}.
+
+    Coarse is inside (1) or outside (0) an action, fine the class with background as one more; -1
+    leaves out a step inside what was detected and rejected, and a video without an instance.
+    steps  (B, m)
+    ->     coarse, fine, each (B, m)"""
+    fine = []
+    for video_steps, r in zip(steps, instances):
+        classes = step_classes(
+            video_steps, r["segments"], r["labels"], r["rejected"], num_classes)
+        fine.append(classes if len(r["labels"]) else torch.full_like(classes, -1))
+    fine = torch.stack(fine)
+    coarse = torch.where(fine < 0, fine, (fine < num_classes).long())
+    return coarse, fine
+
+
+def info_nce(z, labels, tau):
+    """Eq. (11): L = -mean_i mean_{p in P_i} log[ e(i, p) / (e(i, p) + sum_{n in N_i} e(i, n)) ].
+
+    e(i, j) = exp(z_i.z_j / tau), P_i shares i's label (without i), N_i does not. Anchors without a
+    positive or a negative are skipped; with none left the loss is 0.
+    z       (N, C), normalised here
+    labels  (N,); a step of label -1 is left out
+    ->      scalar"""
+    known = labels >= 0
+    z, labels = F.normalize(z[known].float(), dim=-1), labels[known]
     sim = z @ z.T / tau
     same = labels[:, None] == labels
     P = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -79,47 +159,40 @@ def info_nce(z, labels, tau):
     if not anchors.any():
         return z.sum() * 0
     sim, P, same = sim[anchors], P[anchors], same[anchors]
-    negatives = sim.masked_fill(same, -torch.inf).logsumexp(1, keepdim=True)
-    log_ratio = sim - torch.logaddexp(sim, negatives)
-    return -((log_ratio * P).sum(1) / P.sum(1)).mean()
+    log_negatives = sim.masked_fill(same, -torch.inf).logsumexp(1, keepdim=True)
+    log_ratio = sim - torch.logaddexp(sim, log_negatives)
+    L_i = -(log_ratio * P).sum(1) / P.sum(1)
+    return L_i.mean()
 
 
-def step_classes(steps, segments, labels, rejected, num_classes):
-    """The class of each step (m,) -> (m,): of the shortest segment that covers it, else -1 (unknown) inside a rejected segment,
-    else background = num_classes."""
-    covers = lambda s: (steps[:, None] >= s[:, 0]) & (steps[:, None] <= s[:, 1])  # (m, N)
-    classes = torch.where(covers(rejected).any(1), -1, num_classes)
-    if len(segments) == 0:
-        return classes
-    length, index = torch.where(covers(segments), segments[:, 1] - segments[:, 0], torch.inf).min(1)
-    return torch.where(length < torch.inf, labels[index], classes)
+def acp_loss(pyramid, feats, instances, num_classes, s, generator):
+    """L_acp = L_coarse + L_fine of a batch, box by box as Fig. S1.
 
-
-def acp_loss(levels, masks, feats, instances, num_classes, kinds, m, clusters, tau, generator, restarts=10, gather=lambda x: x,
-             rank=0, number=1):
-    """L_acp = L_coarse + L_fine of a batch -> scalar.
-
-    feats (B, T, D) are the raw input features. Coarse contrasts the steps within each video, fine those of all videos.
-    `instances` None (pre-training): the labels are K-means clusters of the raw features, 2 a video and `clusters` a batch.
-    Otherwise B records {"segments", "labels", "rejected"} (ground truth or pseudo labels): coarse is inside or outside an action,
-    fine the class with background as one more; steps inside what was detected and rejected are left out, and so is a video
-    without an instance. `kinds` is one of ACP. Where `number` processes share a batch, this one, `rank`, having every number-th
-    video, `gather` joins the rows of all: each computes the same loss, with gradient into its own videos."""
-    lengths = gather(masks[0].sum(1)).tolist()
-    steps = sample_steps(lengths, m, generator)[rank::number].to(feats.device)  # (b, m), b videos of B
-    z, B = gather(representation(levels, masks, steps)), len(lengths)  # (B, m, L * C)
+    Coarse contrasts the steps within each video, fine those of all videos. Where many processes
+    share a batch, each computes the same loss, with gradient into its own videos.
+    pyramid    (levels, masks), as model.Detector has them
+    feats      (B, T, D), the raw input features
+    instances  None in pre-training, else B records, ground truth or pseudo labels
+    s          the settings
+    ->         scalar"""
+    levels, masks = pyramid
+    # 1) A step from each part of each video.
+    lengths = rows_of_all(masks[0].sum(1)).cpu()
+    steps = share_of(sample_steps(lengths, s.acp_steps, generator)).to(feats.device)
+    # 2) The representation there.
+    z = rows_of_all(representation(levels, masks, steps))  # (B, m, L * C)
+    # 3) Coarse and fine labels: clusters of the input features, or the instances' classes.
     if instances is None:
-        x = gather(feats.gather(1, steps[..., None].expand(-1, -1, feats.shape[-1])))  # (B, m, D)
-        coarse = [kmeans(x_b, 2, generator, restarts) for x_b in x] if "coarse" in kinds else None
-        fine = kmeans(x.flatten(0, 1), clusters, generator, restarts) if "fine" in kinds else None
+        coarse, fine = cluster_labels(rows_of_all(rows_at(feats, steps)), s, generator)
     else:
-        fine = torch.stack([step_classes(s, r["segments"], r["labels"], r["rejected"], num_classes) for s, r in zip(steps, instances)])
-        fine[[len(r["labels"]) == 0 for r in instances]] = -1
-        fine = gather(fine)  # (B, m)
-        coarse, fine = torch.where(fine < 0, fine, (fine < num_classes).long()), fine.flatten()
+        labels = action_labels(steps, instances, num_classes)
+        coarse, fine = (rows_of_all(part) for part in labels)
+    # 4) The contrasts.
     L_acp = z.sum() * 0
-    if "coarse" in kinds:
-        L_acp = L_acp + sum(info_nce(z_b[c_b >= 0], c_b[c_b >= 0], tau) for z_b, c_b in zip(z, coarse)) / B
-    if "fine" in kinds:
-        L_acp = L_acp + info_nce(z.flatten(0, 1)[fine >= 0], fine[fine >= 0], tau)
+    if "coarse" in s.acp:
+        L_coarse = sum(info_nce(z_b, c_b, s.acp_tau) for z_b, c_b in zip(z, coarse)) / len(z)
+        L_acp = L_acp + L_coarse
+    if "fine" in s.acp:
+        L_fine = info_nce(z.flatten(0, 1), fine.flatten(), s.acp_tau)
+        L_acp = L_acp + L_fine
     return L_acp

@@ -1,0 +1,688 @@
+"""The paper's tables and figures as commands: rows of settings of train.py, printed as Markdown.
+
+    python -m extras.tables 3a                                              on toy
+    python -m extras.tables 1 --dataset thumos --ratio 0.1 --seeds 3
+    python -m extras.tables 5a --dataset my.json --features DIR --seeds 2 --splits a.json b.json
+    python -m extras.tables causes              why APL does what it does: pseudo labels by class
+    python -m extras.tables S6                  parameters and multiply-accumulates, no training
+
+Each row is trained for every seed; what follows the names is passed to train.py for every row.
+Finished rows are kept, and stages that rows share (the same settings, split and seed) are trained
+once: they lie in --runs, each in a folder named by its last stage and its settings, and a killed
+command goes on where it was. mAP is that of the last epoch on the test videos; ± is the standard
+deviation over the seeds.
+"""
+import hashlib
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from scipy.stats import mannwhitneyu, spearmanr
+from torch import nn
+
+import acp
+import data
+import evaluate
+import icd
+import model
+import train
+
+# ---- The rows -----------------------------------------------------------------------------------
+
+PLAIN = "--alqa none --acp none"
+NO_ACP = "--acp none"
+NO_ICD = "--icd none"
+FIXED = "--icd none --threshold fixed"
+
+# What the paper leaves open: settings, one row each.
+OPEN = (
+    "--rejected background",
+    "--threshold mean+std",
+    "--threshold mean",
+    "--threshold mean-std",
+    "--scope video",
+    "--scope dataset",
+    "--scope class",
+    "--no-exclusive",
+    "--repeat 1",
+    "--refresh 4",
+    f"--refresh 4 {NO_ICD}",
+    f"--refresh 4 {FIXED}",
+    "--pseudo-weights ema",
+    "--lambda-u 1",
+    "--icd-pool max",
+    "--icd-pool mean",
+    "--icd-steps 200",
+    "--soft-label predicted",
+    "--beta 1",
+    "--acp-tau 0.05",
+    "--acp-tau 0.2",
+    "--acp-steps 20",
+    "--acp-steps 80",
+)
+
+# Name, the paper's average mAP with 10 % of THUMOS14's labels (None: not in the paper), settings.
+ROWS = {
+    "1": [
+        ("ActF*, supervised only", 15.6, f"--stage supervised {PLAIN}"),
+        ("ActF + MixUp", 16.7, f"--stage supervised {PLAIN} --mixup 0.4"),
+        ("NPL, reconstructed", 20.3, f"{PLAIN} --icd none --threshold frequency --rerank"),
+        ("class score >= 0.3", 17.0, f"{PLAIN} {FIXED}"),
+        ("supervised only, ALQA and ACP", None, "--stage supervised"),
+        ("joint score >= 0.3, ALQA and ACP", None, FIXED),
+        ("APL", 24.5, ""),
+    ],
+    "3a": [
+        ("baseline", 17.0, f"{PLAIN} {FIXED}"),
+        ("+ ALQA", 21.3, f"{NO_ACP} {NO_ICD}"),
+        ("+ ICD", 23.3, NO_ACP),
+        ("+ ACP", 24.5, ""),
+    ],
+    "3b": [
+        ("no branch", None, f"{PLAIN} {NO_ICD}"),
+        ("tIoU (1b)", 19.4, f"{NO_ACP} {NO_ICD} --alqa tiou"),
+        ("DIoU (1b)", 20.0, f"{NO_ACP} {NO_ICD} --alqa diou"),
+        ("tIoU + tND (2b)", 21.3, f"{NO_ACP} {NO_ICD}"),
+    ],
+    "5a": [
+        ("no ICD", 21.3, f"{NO_ACP} {NO_ICD}"),
+        ("EAP", 22.1, f"{NO_ACP} --icd eap"),
+        ("MPP", 22.5, f"{NO_ACP} --icd mpp"),
+        ("EAP + MPP", 23.3, NO_ACP),
+        ("EAP + MPP, adaptive thresholds", None, f"{NO_ACP} --icd-bounds adaptive"),
+    ],
+    "5b": [
+        ("no ACP", 23.3, NO_ACP),
+        ("coarse", 24.1, "--acp coarse"),
+        ("fine", 23.8, "--acp fine"),
+        ("coarse + fine", 24.5, "--acp coarse+fine"),
+    ],
+    "S1": [
+        ("KL", 20.8, f"{NO_ACP} {NO_ICD} --quality-form kl"),
+        ("BCE", 21.3, f"{NO_ACP} {NO_ICD}"),
+    ],
+    "S4": [
+        ("pre-training alone", 23.6, "--acp-after none"),
+        ("labelled", 24.1, "--acp-after labelled"),
+        ("labelled + unlabelled", 24.5, "--acp-after labelled+unlabelled"),
+    ],
+    "fig3a": [(f"drop below {theta}", None, f"--theta-drop {theta}")
+              for theta in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)],
+    "fig3b": [(f"mine above {theta}", None, f"--theta-mine {theta}")
+              for theta in (0.5, 0.6, 0.7, 0.8, 0.9)],
+    "fig3c": [
+        ("fixed", None, FIXED),
+        ("dynamic", None, NO_ICD),
+        ("EAP", None, "--icd eap"),
+        ("MPP", None, "--icd mpp"),
+        ("EAP + MPP", None, ""),
+    ],
+    "open": [("the defaults", None, ""), *((option, None, option) for option in OPEN)],
+}
+
+# The linear probe: name, the paper's accuracy and recall (THUMOS14), what is probed, settings.
+PROBES = {
+    "S2": [
+        ("input features", (72.1, 66.3), "input", ""),
+        ("untrained network", None, "untrained", ""),
+        ("learned features with ACP", (76.2, 73.0), "trained", ""),
+    ],
+    "S5": [
+        ("batch 2, 2 clusters", (71.0, 70.1), "trained", "--batch 2 --acp-clusters 2"),
+        ("batch 2, 3 clusters", (72.8, 73.5), "trained", "--batch 2 --acp-clusters 3"),
+        ("batch 2, 4 clusters", (76.2, 73.0), "trained", "--batch 2 --acp-clusters 4"),
+        ("batch 4, 4 clusters", (72.4, 72.3), "trained", "--batch 4 --acp-clusters 4"),
+        ("batch 4, 5 clusters", (73.9, 74.4), "trained", "--batch 4 --acp-clusters 5"),
+        ("batch 4, 8 clusters", (75.0, 73.8), "trained", "--batch 4 --acp-clusters 8"),
+    ],
+}
+
+# Columns from the log of a run: the quality of its pseudo labels. fig3c has all, the others two.
+MATCHES = ("precision", "recall")
+QUALITY = ("positive_accuracy", "class_accuracy", "mean_tIoU", *MATCHES)
+PROBE_STEPS = 30_000  # that fit, and that test, the probe, drawn at random where there are more
+OURS = ("--seed", "--out", "--stage", "--start", "--resume", "--audit")  # what rows set themselves
+
+
+# ---- Runs ---------------------------------------------------------------------------------------
+
+def minutes_of(folder):
+    """The minutes that a finished run took, its earlier stages included.
+
+    None if it was killed on the way."""
+    return data.read_json(folder / "finished.json", "end of a run")["minutes"]
+
+
+def folder_of(s, stage, runs):
+    """The folder of a run that ends with `stage`: its name says what the stage depends on."""
+    names = [*train.settings_until("joint" if stage == "all" else stage), "weights"]
+    depends = {name: getattr(s, name) for name in names}
+    digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode())
+    for path in (s.dataset, s.annotations, s.split):
+        if Path(path).is_file():
+            digest.update(Path(path).read_bytes())
+    return runs / f"{stage}-{digest.hexdigest()[:12]}"
+
+
+def stage_before(stage, s):
+    """The stage that one begins from, None for the first; raises BadInput for a stage left out."""
+    if stage == "pretrain" and s.acp == "none":
+        raise data.BadInput("a row needs stage 1, which --acp none leaves out")
+    if stage == "all":
+        return "supervised"
+    if stage == "supervised" and s.acp != "none":
+        return "pretrain"
+    return None
+
+
+def reach(options, stage, runs):
+    """The folder of a run with these options that has ended its `stage` ("all" for stage 3).
+
+    Trained now where it has not been before; rows share it. Leaves, last of all, "finished.json",
+    {"minutes"} of this and the earlier stages."""
+    argv = [*options, "--stage", stage]
+    s = train.parse_settings(argv)
+    before = stage_before(stage, s)
+    folder = folder_of(s, stage, runs)
+    if (folder / "finished.json").exists() and (folder / "checkpoint.pt").exists():
+        return folder
+    start = []
+    minutes = 0.0
+    if before:
+        shared = reach(options, before, runs)
+        start = ["--start", str(shared / "checkpoint.pt")]
+        minutes = minutes_of(shared)
+    if (folder / "log.jsonl").exists():
+        minutes = None
+    began = time.time()
+    code = train.main([*argv, *start, "--out", str(folder), "--resume", "--audit"])
+    if code:
+        raise SystemExit(code)
+    if minutes is not None:
+        minutes += (time.time() - began) / 60
+    data.write_json(folder / "finished.json", {"minutes": minutes})
+    return folder
+
+
+def reach_all(commands, more, stage, runs):
+    """The folders of a row's runs: the options of each seed in `commands`, then the row's."""
+    return [reach([*options, *more], stage, runs) for options in commands]
+
+
+def saved(path, make, *arguments):
+    """The JSON file at `path`, made by make(*arguments) where it is absent."""
+    if not path.exists():
+        data.write_json(path, make(*arguments))
+    return data.read_json(path, "result")
+
+
+def read_data(checkpoint):
+    """The settings and the Dataset of a checkpoint, hidden labels included."""
+    s = train.Settings(**checkpoint["settings"] | {"audit": True})
+    return s, data.load_dataset(s)
+
+
+def read_run(folder):
+    """The settings, the Dataset and the Detector of a finished run, hidden labels included.
+
+    The detector has the weights that the run reports."""
+    path = folder / "checkpoint.pt"
+    checkpoint = evaluate.read_checkpoint(path)
+    s, d = read_data(checkpoint)
+    detector = evaluate.load_detector(checkpoint, path, s, d.dim)
+    return s, d, detector.to(s.device).eval()
+
+
+# ---- Calibration --------------------------------------------------------------------------------
+
+def calibration(folder):
+    """How the scores of a run's detections rank with their true tIoU (Spearman).
+
+    On held-out labelled videos, the training videos whose labels it never saw; so `folder` is of
+    stage 2: stage 3 trains on them. The score is that after Soft-NMS, without quality branches the
+    class score. The true tIoU is that with the best instance of the detection's class. Of each
+    video the best detections, twice as many as it has instances; one that repeats a better one has
+    its tIoU all the same.
+    -> {"rank_correlation"}"""
+    s, d, detector = read_run(folder)
+    detections = evaluate.detect(detector, d.unlabelled, d, s)
+    scores = []
+    truth = []
+    for name, record in detections.items():
+        hidden = d.hidden[name]
+        n = 2 * len(hidden.labels)
+        if n == 0:
+            continue
+        best = data.rows(record, slice(n))
+        same = best["labels"][:, None] == hidden.labels
+        overlap = model.tiou(best["segments"][:, None], hidden.segments) * same
+        scores.append(best["scores"])
+        truth.append(overlap.amax(1))
+    result = spearmanr(torch.cat(scores), torch.cat(truth))
+    return {"rank_correlation": float(result.statistic)}
+
+
+# ---- Causes -------------------------------------------------------------------------------------
+
+def auc(values, right):
+    """The chance that a right one's value is over a wrong one's, ties half.
+
+    values  (N,)
+    right   (N,) bool
+    ->      None without either kind"""
+    of_right, of_wrong = values[right], values[~right]
+    pairs = len(of_right) * len(of_wrong)
+    if pairs == 0:
+        return None
+    return float(mannwhitneyu(of_right, of_wrong).statistic) / pairs
+
+
+def judge(pseudo, d, states):
+    """The pseudo labels {id: record} of these states as one record.
+
+    -> {"labels", "scores", "similarity", "right"}, "right" being a match with a hidden instance"""
+    states = torch.tensor(states)
+    chosen = {}
+    for video in d.unlabelled:
+        record = pseudo[video.id]
+        record = data.rows(record, torch.isin(record["status"], states))
+        right = evaluate.matched(record, d.hidden[video.id])
+        chosen[video.id] = record | {"right": right}
+    keys = ("labels", "scores", "similarity", "right")
+    return {key: data.column(chosen, key) for key in keys}
+
+
+def of_class(records, c):
+    """What is of class c in each of the records {name: record}."""
+    return {name: data.rows(r, r["labels"] == c) for name, r in records.items()}
+
+
+def cause_row(name, records):
+    """A row of causes(), from what of its records is of the row's class."""
+    hidden = len(records["hidden"]["labels"])
+    row = {"class": name, "labelled": len(records["labelled"]["labels"]), "hidden": hidden}
+    for part in ("ALQA", "ICD"):
+        right = records[part]["right"]
+        hits = int(right.sum())
+        row[f"{part} precision"] = hits / len(right) if len(right) else None
+        row[f"{part} recall"] = hits / hidden if hidden else None
+    detected = records["detected"]
+    known = data.rows(detected, ~detected["similarity"].isnan())
+    row["AUC score"] = auc(known["scores"], known["right"])
+    row["AUC similarity"] = auc(known["similarity"], known["right"])
+    return row
+
+
+def causes(folder):
+    """A run's last pseudo labels against the labels that it never saw, class by class.
+
+    Precision and recall at tIoU 0.5 of what ALQA selects and of what ICD leaves, and how well the
+    joint score and ICD's similarity tell right from wrong (area under the ROC curve) among all
+    detections that were selected from, repeats left out, whose class has labelled instances.
+    -> a row {"class", what: a number, or None where nothing is counted} a class, and one of all"""
+    checkpoint = evaluate.read_checkpoint(folder / "checkpoint.pt")
+    _, d = read_data(checkpoint)
+    pseudo = checkpoint["pseudo"]
+    if pseudo is None:
+        raise data.BadInput(f"the run in {folder} made no pseudo labels")
+    hidden = [d.hidden[video.id] for video in d.unlabelled]
+    records = {
+        "labelled": {"labels": torch.cat([video.labels for video in d.labelled])},
+        "hidden": {"labels": torch.cat([video.labels for video in hidden])},
+        "ALQA": judge(pseudo, d, [icd.KEPT, icd.DROPPED]),
+        "ICD": judge(pseudo, d, [icd.KEPT, icd.MINED]),
+        "detected": judge(pseudo, d, list(range(len(icd.STATUS)))),
+    }
+    rows = [cause_row(name, of_class(records, c)) for c, name in enumerate(d.classes)]
+    return [*rows, cause_row("all classes", records)]
+
+
+# ---- The linear probe ---------------------------------------------------------------------------
+
+@torch.no_grad()
+def learned(detector, item, steps, s):
+    """The learned representation of an item at `steps` (N,) -> (N, L * C)."""
+    levels, masks = evaluate.forward(detector.pyramid, data.collate([item]), s)
+    return acp.representation(levels, masks, steps[None].to(device))[0].cpu()
+
+
+def labelled_steps(detector, videos, d, s):
+    """Steps of labelled videos, about PROBE_STEPS at most.
+
+    detector  None: the input features instead of the learned representation
+    ->        x (N, F), y (N,): the class of the shortest instance that the step lies in,
+              background as one more"""
+    generator = torch.Generator().manual_seed(0)
+    share = PROBE_STEPS / sum(video.steps for video in videos)
+    x = []
+    y = []
+    for video in videos:
+        item = data.load_item(video, d, s)
+        drawn = torch.rand(video.steps, generator=generator) < share
+        steps = drawn.nonzero()[:, 0]
+        if detector is None:
+            x.append(item["feats"][steps])
+        else:
+            x.append(learned(detector, item, steps, s))
+        segments = item["segments"]
+        y.append(acp.step_classes(steps, segments, item["labels"], segments[:0], len(d.classes)))
+    return torch.cat(x), torch.cat(y)
+
+
+def logistic_regression(x, y, classes, decay=1e-4, iterations=100):
+    """Multinomial logistic regression by L-BFGS.
+
+    x   (N, F), y (N,)
+    ->  W (F + 1, classes), the last row the bias"""
+    W = torch.zeros(x.shape[1] + 1, classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([W], max_iter=iterations, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        logits = torch.addmm(W[-1], x, W[:-1])
+        value = F.cross_entropy(logits, y) + decay * W[:-1].square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return W.detach()
+
+
+def probed_network(folder, what):
+    """The settings and Dataset of a run of stage 1, and the network that a probe looks into."""
+    s, d, detector = read_run(folder)
+    if what == "input":
+        return s, d, None
+    if what == "untrained":
+        return s, d, train.begin(s, d).detector.eval()
+    checkpoint = evaluate.read_checkpoint(folder / "checkpoint.pt")
+    detector.load_state_dict(checkpoint["detector"])
+    return s, d, detector
+
+
+def probe(folder, what):
+    """How well a linear classifier tells the classes of the test videos' steps.
+
+    Not given in the paper: it is fitted on all training videos with all their labels, which
+    stage 1 never saw, on standardised columns.
+    what  "trained", the raw weights of the end of stage 1, "untrained", those it began with, or
+          "input", the features
+    ->    {"accuracy", "recall"}, recall averaged over the classes that are there"""
+    s, d, detector = probed_network(folder, what)
+    test = [data.label_video(video, d.ground_truth[video.id], d.classes) for video in d.test]
+    x, y = labelled_steps(detector, [*d.labelled, *d.hidden.values()], d, s)
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+    W = logistic_regression((x - mean) / std, y, len(d.classes) + 1)
+    x, y = labelled_steps(detector, test, d, s)
+    logits = torch.addmm(W[-1], (x - mean) / std, W[:-1])
+    right = (logits.argmax(1) == y).float()
+    recall = [float(right[y == c].mean()) for c in y.unique()]
+    return {"accuracy": float(right.mean()), "recall": statistics.mean(recall)}
+
+
+# ---- Complexity ---------------------------------------------------------------------------------
+
+def weighted_layers(module):
+    """The layers of a module that Tab. S6 counts, itself included: no LayerNorm, no scales."""
+    kinds = (model.Conv, model.DepthwiseConv, nn.Linear)
+    return [layer for layer in module.modules() if isinstance(layer, kinds)]
+
+
+def valid_steps(module, inputs, output):
+    """The valid steps that a Block or a Conv works at; of another layer all rows."""
+    if isinstance(module, model.Block):
+        _, mask = output
+    elif isinstance(module, model.Conv):
+        _, mask = inputs
+    else:
+        return output[..., 0].numel()
+    return int(mask.sum())
+
+
+def complexity(modules, run):
+    """Parameters and multiply-accumulates of `modules` while run() executes: (int, int).
+
+    Counted as Tab. S6 does: weights with biases of convolutions and linear layers at valid steps;
+    no attention products. A Block's layers all work at its output's steps."""
+    whole = nn.ModuleList(modules)
+    layers = weighted_layers(whole)
+    blocks = [module for module in whole.modules() if isinstance(module, model.Block)]
+    inside = set(weighted_layers(nn.ModuleList(blocks)))
+    macs = []
+
+    def count(module, inputs, output):
+        weights = sum(layer.weight.numel() for layer in weighted_layers(module))
+        macs.append(weights * valid_steps(module, inputs, output))
+
+    counted = [*blocks, *(layer for layer in layers if layer not in inside)]
+    hooks = [module.register_forward_hook(count) for module in counted]
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    parameters = sum(p.numel() for layer in layers for p in layer.parameters())
+    return parameters, sum(macs)
+
+
+def complexity_table():
+    """Print Tab. S6 (THUMOS14: D = 2048, T = 2304, 20 classes) beside the paper's figures."""
+    s = train.Settings()
+    detector = model.Detector(2048, 20, s).eval()
+    discriminator = icd.Discriminator(2048, s.icd_hidden, s.icd_dropout).eval()
+    feats = torch.zeros(1, 2304, 2048)
+    mask = torch.ones(1, 2304, dtype=torch.bool)
+    pairs = torch.zeros(10, 2048)
+
+    def detect():
+        detector(feats, mask)
+
+    def discriminate():
+        discriminator(pairs, pairs)
+
+    heads = [detector.cls_trunk, detector.cls_out, detector.reg_trunk, detector.reg_out]
+    rows = [
+        ("main (backbone + neck)", [detector.backbone], detect, "26.017 M, 30.608 G"),
+        ("two heads", heads, detect, "3.179 M, 14.422 G"),
+        ("heads + tIoU and tND", [*heads, detector.quality], detect, "3.182 M, 14.436 G"),
+        ("ICD, 10 pairs", [discriminator], discriminate, "+0.5 M, +0.005 G"),
+    ]
+    print(f"{'part':24}{'parameters':>12}{'GMACs':>10}   the paper (Tab. S6)")
+    for name, modules, run, paper in rows:
+        parameters, macs = complexity(modules, run)
+        print(f"{name:24}{parameters:12,}{macs / 1e9:10.3f}   {paper}")
+
+
+# ---- Tables -------------------------------------------------------------------------------------
+
+def spread(values):
+    """"mean ± standard deviation" in percent."""
+    text = f"{100 * statistics.mean(values):.1f}"
+    if len(values) > 1:
+        text += f" ± {100 * statistics.stdev(values):.1f}"
+    return text
+
+
+def last_pulse(folder):
+    """The row of a run's log about its pseudo labels in the last epoch; None without."""
+    pulses = [row for row in data.read_rows(folder / "log.jsonl") if "theta_h" in row]
+    return pulses[-1] if pulses else None
+
+
+def detection_cells(folders, metrics, quality):
+    """The cells {column: text} that the finished runs of a row give.
+
+    folders, metrics  one a seed; metrics are the contents of metrics.json
+    quality           the columns taken from their logs"""
+    tious = metrics[0]["tiou"]
+    averages = [m["average_mAP"] for m in metrics]
+    cells = {}
+    for i in (0, len(tious) // 2, len(tious) - 1):
+        cells[f"mAP@{tious[i]:g}"] = spread([m["mAP"][i] for m in metrics])
+    cells["average"] = spread(averages)
+    cells["of each seed"] = ", ".join(f"{100 * average:.1f}" for average in averages)
+    pulses = [last_pulse(folder) for folder in folders]
+    for key in quality:
+        name = key.replace("_", " ")
+        cells[name] = spread([pulse[key] for pulse in pulses]) if all(pulses) else "-"
+    minutes = [minutes_of(folder) for folder in folders]
+    cells["minutes"] = "-" if None in minutes else f"{statistics.mean(minutes):.1f}"
+    return cells
+
+
+def split_stage(options):
+    """A row's options as arguments without --stage, and the last stage that they name."""
+    argv = options.split()
+    if "--stage" not in argv:
+        return argv, "all"
+    at = argv.index("--stage")
+    return argv[:at] + argv[at + 2:], argv[at + 1]
+
+
+def detection_rows(table, commands, runs):
+    """Train and evaluate the rows of one of ROWS: yields {column: cell}."""
+    quality = QUALITY if table == "fig3c" else MATCHES
+    first = None
+    for name, paper, options in ROWS[table]:
+        more, stage = split_stage(options)
+        folders = reach_all(commands, more, stage, runs)
+        metrics = [data.read_json(folder / "metrics.json", "metrics") for folder in folders]
+        averages = [m["average_mAP"] for m in metrics]
+        first = first or averages
+        row = {"row": name, "paper, THUMOS14 10 %": "-" if paper is None else f"{paper}"}
+        row |= detection_cells(folders, metrics, quality)
+        if table == "3b":
+            folders = reach_all(commands, more, "supervised", runs)
+            found = [saved(f / "calibration.json", calibration, f) for f in folders]
+            mean = statistics.mean(result["rank_correlation"] for result in found)
+            row["after stage 2: score against true tIoU"] = f"{mean:.2f}"
+        row["minus the first row"] = spread([a - b for a, b in zip(averages, first)])
+        yield row
+
+
+def probe_rows(table, commands, runs):
+    """Train and probe the rows of one of PROBES: yields {column: cell}."""
+    for name, paper, what, options in PROBES[table]:
+        folders = reach_all(commands, options.split(), "pretrain", runs)
+        found = [saved(folder / f"probe-{what}.json", probe, folder, what) for folder in folders]
+        yield {
+            "row": name,
+            "paper: accuracy, recall": "-" if paper is None else "{:.1f}, {:.1f}".format(*paper),
+            "accuracy": spread([result["accuracy"] for result in found]),
+            "recall": spread([result["recall"] for result in found]),
+        }
+
+
+def cause_cell(key, values):
+    """The mean of what is known of one number of causes(), as text."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    digits = 1 if key in ("labelled", "hidden") else 2
+    return f"{statistics.mean(known):.{digits}f}"
+
+
+def cause_rows(commands, runs):
+    """Train APL and tell by class what became of its pseudo labels: yields {column: cell}."""
+    found = [causes(folder) for folder in reach_all(commands, [], "all", runs)]
+    for of_seeds in zip(*found):
+        row = {"class": of_seeds[0]["class"]}
+        for key in of_seeds[0]:
+            if key != "class":
+                row[key] = cause_cell(key, [result[key] for result in of_seeds])
+        yield row
+
+
+def table_rows(table, commands, runs):
+    """Train and measure every row of a table: yields {column: cell}."""
+    if table in PROBES:
+        return probe_rows(table, commands, runs)
+    if table == "causes":
+        return cause_rows(commands, runs)
+    return detection_rows(table, commands, runs)
+
+
+def markdown(rows):
+    """Rows of one set of columns as a Markdown table."""
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *(row.values() for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+# ---- The command line ---------------------------------------------------------------------------
+
+def parse_seeds(text):
+    """"3" -> 0, 1, 2; "0,5," -> 0, 5; raises BadInput for anything else."""
+    try:
+        if "," in text:
+            seeds = [int(number) for number in text.split(",") if number]
+        else:
+            seeds = list(range(int(text)))
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0:
+        raise data.BadInput(f"--seeds must be how many, or a list with commas, not {text!r}")
+    return seeds
+
+
+def parse(argv):
+    """The arguments of the command line, and what is passed on to train.py; raises BadInput."""
+    parser = train.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "tables", nargs="+", choices=[*ROWS, *PROBES, "S6", "causes"],
+        help="of the paper; open: what it leaves open; causes: pseudo labels by class")
+    parser.add_argument(
+        "--seeds", default="3", help="how many seeds (from 0), or a list with commas")
+    parser.add_argument(
+        "--splits", nargs="+", default=[],
+        help="files of labelled ids for seeds 0, 1, ...; the others draw theirs")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/tables"), help="folder of the runs")
+    args, options = parser.parse_known_args(argv)
+    args.seeds = parse_seeds(args.seeds)
+    for option in options:
+        if option.split("=")[0] in OURS:
+            raise data.BadInput(f"{option} is set by each row")
+    for table in args.tables:  # before hours of training
+        for *_, more in ROWS.get(table, PROBES.get(table, ())):
+            train.parse_settings([*options, *more.split()])
+    return args, options
+
+
+def command_of(options, seed, splits):
+    """The options of every row for a seed."""
+    split = ["--split", splits[seed]] if seed < len(splits) else []
+    return [*options, "--seed", str(seed), *split]
+
+
+def make_tables(args, options):
+    """Train what the tables need and print them."""
+    commands = [command_of(options, seed, args.splits) for seed in args.seeds]
+    seeds = ", ".join(map(str, args.seeds))
+    report = []
+    for table in args.tables:
+        if table == "S6":
+            complexity_table()
+            continue
+        rows = list(table_rows(table, commands, args.runs))
+        report.append(f"Table {table}, seeds {seeds}\n\n{markdown(rows)}\n")
+    print("\n".join(report))
+
+
+def main(argv=None):
+    """The command line; returns the exit code, 2 for bad input."""
+    try:
+        make_tables(*parse(argv))
+    except (data.BadInput, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # a run that has said why
+        return stop.code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

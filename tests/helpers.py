@@ -1,0 +1,164 @@
+"""What the test files share: settings, a user's data set, a small detector, records, refusals."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import icd
+import model
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+needs_shared = pytest.mark.skipif(
+    not SHARED.exists(),
+    reason="the reference outputs and the real data lie in ../shared, which is absent")
+
+# A run of seconds: a small network, few steps.
+TINY = (
+    "--channels", 16,
+    "--heads", 2,
+    "--windows", 5,
+    "--ranges", "0:8,8:16,16:inf",
+    "--pretrain-epochs", 2,
+    "--supervised-epochs", 2,
+    "--supervised-steps", 4,
+    "--joint-epochs", 2,
+    "--max-steps", 96,
+    "--acp-steps", 10,
+    "--log-every", 5,
+    "--device", "cpu",
+    "--precision", "float32",
+)
+
+
+def generator(seed=0):
+    """torch's generator with a seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+def settings(*argv):
+    """The train.Settings of a command line."""
+    return train.parse_settings([str(word) for word in argv])
+
+
+def small_detector(classes=3, dim=6, **changes):
+    """A small Detector, not training."""
+    shape = {"channels": 16, "heads": 2, "windows": "5,5,0", "ranges": "0:4,4:8,8:inf"}
+    s = model.DetectorSettings(**shape | changes)
+    return model.Detector(dim, classes, s).eval()
+
+
+def record(segments, labels, status):
+    """Pseudo labels as icd.refine_pseudo_labels() gives them, all with a score of 1."""
+    n = len(segments)
+    return {
+        "segments": torch.tensor(segments, dtype=torch.float32).reshape(n, 2),
+        "labels": torch.tensor(labels, dtype=torch.long),
+        "status": torch.tensor(status, dtype=torch.long),
+        "scores": torch.ones(n),
+    }
+
+
+def detections(*scores, labels=None):
+    """A record of detections, of class 0 where no labels are given."""
+    labels = labels or [0] * len(scores)
+    return {"scores": torch.tensor(scores), "labels": torch.tensor(labels, dtype=torch.long)}
+
+
+def states(r):
+    """The states of a refined record in words."""
+    return [icd.STATUS[i] for i in r["status"]]
+
+
+# ---- A user's own data set ----------------------------------------------------------------------
+
+def write_own(folder):
+    """10 training and 4 test videos of 64 steps, 2 steps a second, 5 channels, 2 classes."""
+    rng = np.random.default_rng(0)
+    (folder / "features").mkdir()
+    database = {}
+    for i in range(14):
+        x = rng.normal(size=(64, 5)).astype(np.float32)
+        annotations = []
+        for k, (start, end) in enumerate([(2.0, 8.0), (12.0, 20.0), (24.0, 28.0)]):
+            c = (i + k) % 2
+            x[int(2 * start):int(2 * end), c] += 3
+            annotations.append({"segment": [start, end], "label": "AB"[c]})
+        np.save(folder / f"features/v{i}.npy", x)
+        subset = "Training" if i < 10 else "validation"
+        database[f"v{i}"] = {
+            "subset": subset, "duration": 32.5, "fps": 50, "annotations": annotations}
+    (folder / "own.json").write_text(json.dumps({"database": database}))
+
+
+def own_argv(own, *more):
+    """The command line of train.py for the user's data set."""
+    argv = (
+        "--dataset", own / "own.json",
+        "--features", own / "features",
+        "--stride", 25,
+        "--frames", 50,
+        "--ratio", 0.3,
+        "--out", own / "run",
+        *TINY,
+        *more,
+    )
+    return [str(word) for word in argv]
+
+
+def edit(own, change):
+    """Change the user's annotation file in place."""
+    content = json.loads((own / "own.json").read_text())
+    change(content["database"])
+    (own / "own.json").write_text(json.dumps(content))
+
+
+# ---- Runs ---------------------------------------------------------------------------------------
+
+def evaluated(*argv):
+    """The exit code of evaluate.py."""
+    return evaluate.main([str(word) for word in argv])
+
+
+def refused(argv, capsys, *words):
+    """The command exits with 2 and one line that holds the words.
+
+    argv: of train.py, or "evaluate" and those of evaluate.py."""
+    argv = [str(word) for word in argv]
+    code = evaluate.main(argv[1:]) if argv[:1] == ["evaluate"] else train.main(argv)
+    text = capsys.readouterr().err
+    assert code == 2, f"exit code {code}"
+    assert text.startswith("error: "), text
+    assert text.count("\n") == 1, text
+    for word in words:
+        assert str(word) in text, text
+
+
+def read_log(folder):
+    """The rows of a run's log."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def read_result(path):
+    """The content of a JSON file."""
+    return json.loads(path.read_text())
+
+
+def weights(folder):
+    """All weights of a run's checkpoint by name."""
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    found = {"t_plus": content["t_plus"]}
+    for part in ("detector", "ema", "icd"):
+        for name, value in content[part].items():
+            found[f"{part}.{name}"] = value
+    return found
+
+
+def same(a, b):
+    """Whether two dicts of tensors are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
