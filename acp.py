@@ -43,8 +43,8 @@ def representation(levels, masks, steps):
         before = torch.minimum(position.floor().long(), last)
         after = torch.minimum(before + 1, last)
         weight = (position - before).clamp(max=1)[..., None]
-        x = x.float()
-        parts.append(torch.lerp(rows_at(x, before), rows_at(x, after), weight))
+        parts.append(torch.lerp(
+            rows_at(x, before).float(), rows_at(x, after).float(), weight))
     return torch.cat(parts, -1)
 
 

@@ -347,7 +347,7 @@ def causes(folder):
 def learned(detector, item, steps, s):
     """The learned representation of an item at `steps` (N,) -> (N, L * C)."""
     levels, masks = evaluate.forward(detector.pyramid, data.collate([item]), s)
-    return acp.representation(levels, masks, steps[None].to(device))[0].cpu()
+    return acp.representation(levels, masks, steps[None].to(s.device))[0].cpu()
 
 
 def labelled_steps(detector, videos, d, s):
