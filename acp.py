@@ -26,7 +26,7 @@ def sample_steps(lengths, m, generator):
 
 def rows_at(x, steps):
     """The rows of x (B, T, C) at steps (B, m) -> (B, m, C)."""
-    return x.gather(1, steps[..., None].expand(-1, -1, x.shape[-1]))
+    return torch.take_along_dim(x, steps[..., None], 1)
 
 
 def representation(levels, masks, steps):
@@ -44,7 +44,9 @@ def representation(levels, masks, steps):
         after = torch.minimum(before + 1, last)
         weight = (position - before).clamp(max=1)[..., None]
         parts.append(torch.lerp(
-            rows_at(x, before).float(), rows_at(x, after).float(), weight))
+            rows_at(x, before).float(),
+            rows_at(x, after).float(),
+            weight))
     return torch.cat(parts, -1)
 
 
@@ -56,7 +58,7 @@ def squared_distance(x, centres):
 
 
 def kmeans_plus_plus(x, k, generator, restarts):
-    """Starting centres of K-means++: x (N, D) -> (R, k, D), R = restarts, all drawn side by side."""
+    """Starting centres of K-means++, R = restarts side by side: x (N, D) -> (R, k, D)."""
     N = len(x)
     first = (torch.rand(restarts, generator=generator).to(x.device) * N).long()
     centres = x[first][:, None]
@@ -78,7 +80,7 @@ def kmeans(x, k, generator, restarts, iterations=100):
     ->  the cluster of each row (N,)"""
     x = x.float()
     if len(x) == 0:
-        return torch.zeros(0, dtype=torch.long, device=x.device)
+        return x.new_zeros(0).long()
     centres = kmeans_plus_plus(x, k, generator, restarts)  # (R, k, D)
     cluster = None
     for _ in range(iterations):
@@ -95,7 +97,7 @@ def kmeans(x, k, generator, restarts, iterations=100):
 
 
 def cluster_labels(x, s, generator):
-    """Labels of pre-training: clusters of raw features, 2 a video (coarse), s.acp_clusters a batch.
+    """Labels of pre-training: clusters of raw features, 2 a video and s.acp_clusters a batch.
 
     x   (B, m, D)
     ->  coarse, fine, each (B, m), or None where the settings do not ask for it"""
@@ -104,7 +106,6 @@ def cluster_labels(x, s, generator):
         coarse = torch.stack([kmeans(x_b, 2, generator, s.acp_restarts) for x_b in x])
     if "fine" in s.acp:
         fine = kmeans(x.flatten(0, 1), s.acp_clusters, generator, s.acp_restarts)
-        fine = fine.unflatten(0, x.shape[:2])
     return coarse, fine
 
 
@@ -134,9 +135,15 @@ def action_labels(steps, instances, num_classes):
     ->     coarse, fine, each (B, m)"""
     fine = []
     for video_steps, r in zip(steps, instances):
-        classes = step_classes(
-            video_steps, r["segments"], r["labels"], r["rejected"], num_classes)
-        fine.append(classes if len(r["labels"]) else torch.full_like(classes, -1))
+        classes = torch.full_like(video_steps, -1)
+        if len(r["labels"]):
+            classes = step_classes(
+                video_steps,
+                r["segments"],
+                r["labels"],
+                r["rejected"],
+                num_classes)
+        fine.append(classes)
     fine = torch.stack(fine)
     coarse = torch.where(fine < 0, fine, (fine < num_classes).long())
     return coarse, fine
@@ -190,7 +197,8 @@ def acp_loss(pyramid, feats, instances, num_classes, s, generator):
     # 4) The contrasts.
     L_acp = z.sum() * 0
     if "coarse" in s.acp:
-        L_coarse = sum(info_nce(z_b, c_b, s.acp_tau) for z_b, c_b in zip(z, coarse)) / len(z)
+        each = [info_nce(z_b, c_b, s.acp_tau) for z_b, c_b in zip(z, coarse)]
+        L_coarse = sum(each) / len(z)
         L_acp = L_acp + L_coarse
     if "fine" in s.acp:
         L_fine = info_nce(z.flatten(0, 1), fine.flatten(), s.acp_tau)

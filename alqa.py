@@ -130,7 +130,12 @@ def alqa_losses(outputs, cls_target, offset_target, use, s):
     Y = torch.zeros_like(cls_target)
     Y[positive] = soft_label(cls_target[positive], *label_of, s.alqa, s.eps)
     L_cls = classification_loss(
-        outputs.cls_logits[use], outputs.p_tiou[use], outputs.p_tnd[use], Y[use], s.beta, s.eps)
+        outputs.cls_logits[use],
+        outputs.p_tiou[use],
+        outputs.p_tnd[use],
+        Y[use],
+        s.beta,
+        s.eps)
     L_diou = diou_loss(regressed, target)
     L_quality = quality_loss(p_tiou, p_tnd, tIoU, tND, s.alqa, s.quality_form)
     return {"cls": L_cls.sum(), "reg": L_diou.sum(), "quality": L_quality.sum(),
@@ -138,8 +143,9 @@ def alqa_losses(outputs, cls_target, offset_target, use, s):
 
 
 def theta_h(scores, stds):
-    """Eq. (6): theta_h = mean(s) + std(s), U+ = {s_i >= theta_h}, U_can = {theta_l < s_i < theta_h}.
+    """Eq. (6): theta_h = mean(s) + std(s), which parts U+ = {s_i >= theta_h} from U_can.
 
+    U_can = {theta_l < s_i < theta_h} are the candidates; select() puts both sets on the records.
     The form of the sum, the population std and >= are not given in the paper: with two instances
     the unbiased std never selects one.
     scores  (N,), the joint scores s over theta_l of a video, or of what else the scope is
@@ -161,13 +167,18 @@ def focal_loss(cls_logits, onehot, alpha, gamma):
 
 
 def plain_losses(outputs, cls_target, offset_target, use, s):
-    """The losses of the plain ActionFormer [62], the baseline: what alqa_losses() takes and gives."""
+    """The losses of plain ActionFormer [62], the baseline: what alqa_losses() takes and gives."""
     positive = cls_target.any(-1) & use
     L_cls = focal_loss(
         outputs.cls_logits[use], cls_target[use], s.focal_alpha, s.focal_gamma)
     L_diou = diou_loss(outputs.offsets[positive], offset_target[positive])
     return {"cls": L_cls.sum(), "reg": L_diou.sum(), "quality": L_cls.new_zeros(()),
             "positives": positive.sum()}
+
+
+def overlapping(segments, overlap):
+    """Which of the segments (N, 2) have a tIoU over `overlap` with which -> (N, N) bool."""
+    return tiou(segments[:, None], segments) > overlap
 
 
 def without_repeats(record, overlap, exclusive):
@@ -180,11 +191,11 @@ def without_repeats(record, overlap, exclusive):
     overlap    a repeat's tIoU with a better one of its class is larger (1: all stay)
     exclusive  ... with a better one of any class"""
     record = rows(record, torch.argsort(record["scores"], descending=True, stable=True))
-    segments, labels = record["segments"], record["labels"]
-    near = tiou(segments[:, None], segments) > overlap
+    labels = record["labels"]
     same = (labels[:, None] == labels) | exclusive
+    near = overlapping(record["segments"], overlap)
     repeats = torch.triu(near & same, 1)  # (N, N), [i, j]: j repeats i
-    keep = torch.ones(len(labels), dtype=torch.bool)
+    keep = torch.ones(len(labels)).bool()
     for i in range(len(labels)):
         if keep[i]:
             keep &= ~repeats[i]
@@ -194,8 +205,8 @@ def without_repeats(record, overlap, exclusive):
 def classes_share_segments(videos, overlap):
     """Whether two instances of different classes of a video have a tIoU over `overlap`."""
     for video in videos:
-        near = tiou(video.segments[:, None], video.segments) > overlap
-        if (near & (video.labels[:, None] != video.labels)).any():
+        differ = video.labels[:, None] != video.labels
+        if (overlapping(video.segments, overlap) & differ).any():
             return True
     return False
 
@@ -206,7 +217,7 @@ def rerank(record, overlap):
     A score is multiplied by exp(-d / length), d the standard deviation of the starts and ends of
     the detections of its class whose tIoU with it is over `overlap`, weighted by their scores."""
     segments, labels, scores = record["segments"], record["labels"], record["scores"]
-    near = (tiou(segments[:, None], segments) > overlap) & (labels[:, None] == labels)
+    near = overlapping(segments, overlap) & (labels[:, None] == labels)
     weight = (near * scores + 1e-12 * torch.eye(len(scores))).double()
     weight = weight / weight.sum(1, keepdim=True)  # (N, N)
     x = segments.double()
@@ -233,7 +244,7 @@ def frequency_thresholds(scores_of, theta_fixed):
 def group_of(records, scope):
     """What each detection shares theta_h with: {id: record} -> (N,) numbers 0, 1, ..."""
     labels = column(records, "labels")
-    counts = torch.tensor([len(r["labels"]) for r in records.values()], dtype=torch.long)
+    counts = torch.tensor([len(r["labels"]) for r in records.values()]).long()
     if scope == "class":
         shared = labels
     elif scope == "video":

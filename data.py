@@ -10,10 +10,10 @@ import os
 import sys
 import zipfile
 import zlib
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import compress, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +55,8 @@ def setting(default, comment, allowed="not negative", stage="pretrain"):
     comment  also the command line's help
     allowed  what a number may be, a name of RANGES, or a tuple of the words that it may be
     stage    the first stage that it matters in; "run" if it changes no result"""
-    metadata = {"stage": stage, "allowed": allowed, "comment": comment}
-    return field(default=default, metadata=metadata)
+    return field(
+        default=default, metadata={"stage": stage, "allowed": allowed, "comment": comment})
 
 
 from_stage_2 = partial(setting, stage="supervised")
@@ -71,9 +71,8 @@ class CheckedSettings:
         for f in fields(self):
             value = getattr(self, f.name)
             allowed = f.metadata["allowed"]
-            if f.type is float and type(value) is int:
-                value = float(value)
-            if type(value) is not f.type:
+            types = (int, float) if f.type is float else (f.type,)
+            if type(value) not in types:
                 raise BadInput(f"setting {f.name} must be of type {f.type.__name__}, not {value!r}")
             if isinstance(allowed, tuple) and value not in allowed:
                 choices = ", ".join(allowed)
@@ -151,48 +150,49 @@ def write_atomically(path, write):
 def write_json(path, content, indent=None):
     """Write JSON atomically."""
     text = json.dumps(content, indent=indent)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def append_row(path, row):
     """Append a dict to a log of JSON lines."""
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def write_rows(path, content):
     """Write a log of JSON lines anew, atomically."""
     text = "".join(json.dumps(row) + "\n" for row in content)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def read_rows(path):
-    """The dicts of a log of JSON lines, [] where there is none; a last line cut short is left out."""
-    if not Path(path).exists():
+    """The dicts of a log of JSON lines, [] where there is none, without a last line cut short."""
+    if not path.exists():
         return []
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = path.read_text().splitlines()
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 # ---- Processes that share a batch ---------------------------------------------------------------
 
-def process():
-    """(rank, number): which process this is of how many that torchrun started; (0, 1) alone."""
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+def process_rank():
+    """Which of the processes that torchrun started this one is; 0 alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def process_count():
+    """How many processes torchrun started; 1 alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_first():
     """Whether this is the process that writes and prints."""
-    rank, _ = process()
-    return rank == 0
+    return process_rank() == 0
 
 
 def share_of(items):
-    """This process's share of the items: every number-th, from its rank."""
-    rank, number = process()
-    return items[rank::number]
+    """This process's share of the items: every process_count()-th, from its rank."""
+    return items[process_rank()::process_count()]
 
 
 def join_processes(device):
@@ -205,8 +205,7 @@ def sum_of_all(x):
     """The sum of a tensor over all processes.
 
     Its gradient is that of this process's part, so that gradients can be summed."""
-    _, number = process()
-    if number == 1:
+    if process_count() == 1:
         return x
     whole = x.detach().clone()
     dist.all_reduce(whole)
@@ -217,22 +216,20 @@ def rows_of_all(x):
     """The rows (b, ...) of all processes in the order of the whole batch, (b * number, ...).
 
     Gradients reach this process's rows."""
-    rank, number = process()
-    if number == 1:
+    if process_count() == 1:
         return x
     mine = x.detach().contiguous()
-    parts = [torch.empty_like(mine) for _ in range(number)]
+    parts = [torch.empty_like(mine) for _ in range(process_count())]
     dist.all_gather(parts, mine)
-    parts[rank] = x
+    parts[process_rank()] = x
     return torch.stack(parts, 1).flatten(0, 1)
 
 
 def dict_of_all(part):
     """The dicts of all processes as one dict."""
-    _, number = process()
-    if number == 1:
+    if process_count() == 1:
         return part
-    parts = [None] * number
+    parts = [None] * process_count()
     dist.all_gather_object(parts, part)
     whole = {}
     for part in parts:
@@ -290,8 +287,7 @@ class Annotation:
 
 def is_number(value):
     """Whether a value of a JSON file is a finite number."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def is_segment(value):
@@ -301,43 +297,50 @@ def is_segment(value):
 
 def read_annotation(entry, where):
     """The Annotation of an entry of the database; `where` names it. Raises BadInput."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("annotations", []), list):
+    items = entry.get("annotations", []) if isinstance(entry, dict) else None
+    if not isinstance(items, list):
         raise BadInput(f'{where} the entry must hold "subset" and a list of "annotations"')
     for key in ("duration", "fps"):
         value = entry.get(key)
         if value is not None and not (is_number(value) and value > 0):
             raise BadInput(f"{where} {key} must be a positive number, not {value!r}")
-    items = entry.get("annotations", [])
+    segments = []
+    labels = []
+    label_ids = []
     for item in items:
         segment = item.get("segment") if isinstance(item, dict) else None
         if not is_segment(segment):
             raise BadInput(f"{where} a segment must be [start, end] in seconds, not {segment!r}")
         if item.get("label") is None:
             raise BadInput(f"{where} the segment {segment} has no label")
-    segments = np.array([item["segment"] for item in items], dtype=np.float64).reshape(-1, 2)
-    labels = [str(item["label"]) for item in items]
-    label_ids = [item.get("label_id") for item in items]
+        segments.append(segment)
+        labels.append(str(item["label"]))
+        label_ids.append(item.get("label_id"))
     subset = str(entry.get("subset", ""))
+    segments = np.array(segments, dtype=np.float64).reshape(-1, 2)
     return Annotation(
         subset, entry.get("duration"), entry.get("fps"), segments, labels, label_ids)
 
 
+def read_videos(path, what, key):
+    """{video id: entry} under the `key` of a JSON file; raises BadInput if it is missing."""
+    content = read_json(path, what)
+    videos = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(videos, dict):
+        raise BadInput(f'{what} {path} has no "{key}" of videos')
+    return videos
+
+
 def read_annotations(path):
     """{video id: Annotation} of an ActivityNet-style JSON; raises BadInput for another form."""
-    content = read_json(path, "annotation file")
-    database = content.get("database") if isinstance(content, dict) else None
-    if not isinstance(database, dict):
-        raise BadInput(f'annotation file {path} has no "database" of videos')
+    database = read_videos(path, "annotation file", "database")
     return {name: read_annotation(entry, f"annotation file {path}, video {name}:")
             for name, entry in database.items()}
 
 
 def read_predictions(path):
     """{id: detections} of a file in ActivityNet's result format; raises BadInput for another."""
-    content = read_json(path, "prediction file")
-    results = content.get("results") if isinstance(content, dict) else None
-    if not isinstance(results, dict):
-        raise BadInput(f'prediction file {path} has no "results"')
+    results = read_videos(path, "prediction file", "results")
     for video, found in results.items():
         where = f"prediction file {path}, video {video}:"
         if not isinstance(found, list):
@@ -345,7 +348,8 @@ def read_predictions(path):
         for d in found:
             good = isinstance(d, dict) and isinstance(d.get("label"), (str, int))
             if not good or not is_segment(d.get("segment")) or not is_number(d.get("score")):
-                raise BadInput(f"{where} a prediction needs a label, a score and a segment, not {d!r}")
+                raise BadInput(
+                    f"{where} a prediction needs a label, a score and a segment, not {d!r}")
             d["label"] = str(d["label"])
     return results
 
@@ -366,13 +370,13 @@ def good_segments(a, duration):
 
 def class_names(annotations):
     """Class names in the order of their label_id (numbers, or strings of numbers), else by name."""
-    ids = {}
+    pairs = set()
     for a in annotations:
-        for label, number in zip(a.labels, a.label_ids or [None] * len(a.labels)):
-            ids.setdefault(label, set()).add(str(number))
-    if all(len(numbers) == 1 and max(numbers).isdigit() for numbers in ids.values()):
-        return sorted(ids, key=lambda label: (int(max(ids[label])), label))
-    return sorted(ids)
+        pairs |= {(label, str(number)) for label, number in zip_longest(a.labels, a.label_ids)}
+    id_of = dict(pairs)
+    if len(id_of) == len(pairs) and all(map(str.isdigit, id_of.values())):
+        return sorted(id_of, key=lambda label: (int(id_of[label]), label))
+    return sorted(id_of)
 
 
 # ---- Splits -------------------------------------------------------------------------------------
@@ -410,7 +414,7 @@ def stratify(order, labels, count):
             continue
         order.remove(best)
         chosen.append(best)
-        covered = covered | labels[best]
+        covered |= labels[best]
     return chosen
 
 
@@ -435,19 +439,18 @@ def split_videos(videos, ratio, split, seed):
     labels = {}
     for name, a in videos.items():
         good = good_segments(a, a.duration or math.inf)
-        labels[name] = {label for label, ok in zip(a.labels, good) if ok}
+        labels[name] = set(compress(a.labels, good))
     return sorted(stratify(order, labels, count))
 
 
 # ---- Toy data -----------------------------------------------------------------------------------
 
-def toy_video(rng, looks, alike, subset):
+def toy_video(rng, looks, classes, subset):
     """A synthetic video: features (T, D) and Annotation.
 
-    looks (K, D) of the classes, alike (K / 2, D) of background that resembles a pair of them."""
+    looks of what happens in it, (K + 3, D): the K classes and background that resembles them."""
     T = int(rng.integers(224, 353))
-    K, D = looks.shape
-    x = np.zeros((T, D))
+    x = np.zeros((T, looks.shape[1]))
     steps = np.arange(T)
     segments = []
     labels = []
@@ -457,18 +460,18 @@ def toy_video(rng, looks, alike, subset):
         end = start + math.exp(rng.uniform(math.log(4), math.log(40)))
         if end > T - 4:
             break
-        k = int(rng.integers(K + len(alike)))
+        k = int(rng.integers(len(looks)))
         inside = np.minimum(steps - start, end - steps)
         clear = 1 / (1 + np.exp(-inside / 0.7))[:, None]  # blurred boundaries
-        x += clear * (looks[k] if k < K else 0.8 * alike[k - K])
-        if k < K:
+        x += clear * looks[k]
+        if k < len(classes):
             segments.append([start, end])
-            labels.append(f"class {k // 2} {'ab'[k % 2]}")
+            labels.append(classes[k])
         start = end
-    walk = np.cumsum(rng.normal(size=(T, D)), 0) * 0.05
+    walk = np.cumsum(rng.normal(size=x.shape), 0) * 0.05
     strength = rng.uniform(0.7, 1.3)
-    appearance = rng.normal(size=D) * 0.4
-    x = x * strength + appearance + walk + rng.normal(size=(T, D))
+    appearance = rng.normal(size=x.shape[1]) * 0.4
+    x = x * strength + appearance + walk + rng.normal(size=x.shape)
     segments = np.array(segments).reshape(-1, 2)
     return x.astype(np.float32), Annotation(subset, float(T), 1.0, segments, labels)
 
@@ -482,13 +485,14 @@ def toy_videos(seed, train=40, test=24, pairs=3, dim=32):
     rng = np.random.default_rng([seed, 0])
     alike = rng.normal(size=(pairs, dim))
     own = rng.normal(size=(2 * pairs, dim))
-    looks = np.repeat(alike, 2, 0) + 0.7 * own
+    looks = np.concatenate([np.repeat(alike, 2, 0) + 0.7 * own, 0.8 * alike])
+    classes = [f"class {pair} {letter}" for pair in range(pairs) for letter in "ab"]
     annotations = {}
     features = {}
     for number in range(train + test):
         name = f"toy_{number:03d}"
         subset = "training" if number < train else "validation"
-        features[name], annotations[name] = toy_video(rng, looks, alike, subset)
+        features[name], annotations[name] = toy_video(rng, looks, classes, subset)
     return annotations, features
 
 
@@ -553,8 +557,7 @@ def sum_features(source, key, name):
 
     Raises BadInput for NaN or infinity."""
     feats = read_features(source, key, name)
-    total = np.zeros(feats.shape[1])
-    square = np.zeros(feats.shape[1])
+    total = square = 0
     for first in range(0, len(feats), 4096):  # a long video is never held as a whole
         part = np.asarray(feats[first:first + 4096], dtype=np.float64)
         wrong = np.argwhere(~np.isfinite(part))
@@ -595,7 +598,7 @@ def label_video(video, a, classes):
     """The LabelledVideo of a Video and its Annotation, bad segments left out."""
     good = good_segments(a, video.duration)
     segments = video.grid.to_grid(np.clip(a.segments[good], 0, video.duration))
-    labels = [classes.index(label) for label, ok in zip(a.labels, good) if ok]
+    labels = [classes.index(label) for label in compress(a.labels, good)]
     return LabelledVideo(**vars(video), segments=torch.tensor(segments, dtype=torch.float32),
                          labels=torch.tensor(labels, dtype=torch.long))
 
@@ -624,9 +627,9 @@ def locate(s):
     if s.dataset not in LAYOUTS:
         path = Path(s.annotations or s.dataset)
         return path, Path(s.features or path.parent / "features")
-    path, folder = LAYOUTS[s.dataset]
-    path = Path(s.annotations or Path(s.root) / path)
-    folder = Path(s.features or Path(s.root) / folder)
+    path, folder = (Path(s.root, part) for part in LAYOUTS[s.dataset])
+    path = Path(s.annotations or path)
+    folder = Path(s.features or folder)
     for file in (path, folder):
         if not file.exists():
             raise BadInput(
@@ -712,15 +715,16 @@ def load_dataset(s, trained=None):
     trained: a checkpoint's {"classes", "mean", "std"}, to open the test videos alone."""
     path, annotations, sources = read_dataset(s)
     train, test, classes = check_dataset(path, annotations, s, trained)
-    labelled = [] if trained else split_videos(train, s.ratio, s.split, s.seed)
-    unlabelled = [] if trained else [name for name in sorted(train) if name not in labelled]
-
     if trained:
+        train = {}
+        labelled = []
         mean, std = trained["mean"], trained["std"]
         videos, _ = open_videos(test, sources, s, path, len(mean))
     else:
+        labelled = split_videos(train, s.ratio, s.split, s.seed)
         videos, sums = open_videos(train | test, sources, s, path, None)
         mean, std = statistics([sums[name] for name in train], s.standardize)
+    unlabelled = sorted(set(train) - set(labelled))
 
     def label(names):
         return {name: label_video(videos[name], train[name], classes) for name in names}
@@ -792,11 +796,11 @@ def collate(items):
     -> {"videos", "feats" (B, T, D), "mask" (B, T), "starts"}, of labelled ones also "segments"
        and "labels", lists of B."""
     feats = [item["feats"] for item in items]
-    lengths = torch.tensor([len(x) for x in feats])
+    valid = [torch.ones(len(x), dtype=torch.bool) for x in feats]
     batch = {
         "videos": [item["video"] for item in items],
         "feats": pad_sequence(feats, batch_first=True),
-        "mask": torch.arange(int(lengths.max())) < lengths[:, None],
+        "mask": pad_sequence(valid, batch_first=True),
         "starts": [item["start"] for item in items],
     }
     if all("labels" in item for item in items):
@@ -807,13 +811,13 @@ def collate(items):
 def ahead(load, plans):
     """load(plan) of every plan in turn; a thread loads the next two while the caller works."""
     with ThreadPoolExecutor(1) as thread:
-        waiting = deque()
+        waiting = []
         for plan in plans:
             waiting.append(thread.submit(load, plan))
             if len(waiting) > 2:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                yield waiting.pop(0).result()
+        for last in waiting:
+            yield last.result()
 
 
 def plan_batches(videos, s, steps, size, rng):
@@ -843,11 +847,10 @@ def training_batches(videos, data, s, steps, rng):
 
     Of many processes each gets its share of the videos of a larger batch.
     -> collate()'s, with "ids" of the whole batch"""
-    _, number = process()
 
     def load(plan):
         items = [load_item(videos[i], data, s, np.random.default_rng(seed))
                  for i, seed in share_of(plan)]
         return collate(items) | {"ids": [videos[i].id for i, _ in plan]}
 
-    return ahead(load, plan_batches(videos, s, steps, s.batch * number, rng))
+    return ahead(load, plan_batches(videos, s, steps, s.batch * process_count(), rng))

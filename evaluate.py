@@ -1,7 +1,7 @@
 """Detection with the joint score, and mAP exactly as the ActivityNet toolkit computes it.
 
     python evaluate.py --checkpoint runs/hapt/checkpoint.pt
-    python evaluate.py --pred pred.json --gt gt.json --subset test --tiou 0.3:0.7:0.1 --json out.json
+    python evaluate.py --pred pred.json --gt gt.json --subset test --tiou 0.3:0.7:0.1
 
 Evaluating changes nothing: no checkpoint is written, no epoch is chosen.
 """
@@ -47,7 +47,7 @@ def parse_tious(text):
             first, last, step = map(float, text.split(":"))
             values = np.linspace(first, last, round((last - first) / step) + 1)
         else:
-            values = np.array([float(part) for part in text.split(",")])
+            values = np.array(text.split(","), dtype=np.float64)
     except (ValueError, ZeroDivisionError, OverflowError):
         raise BadInput(
             f"--tiou must be start:end:step or a list with commas, not {text!r}") from None
@@ -58,7 +58,7 @@ def parse_tious(text):
 
 @dataclass(frozen=True)
 class DetectionSettings(DetectorSettings, DataSettings):
-    """All that evaluation needs to rebuild a detector. [S] the paper, [A] ActionFormer, [J] neither."""
+    """All that evaluation needs of a detector. [S] the paper, [A] ActionFormer, [J] neither."""
     eps: float = from_stage_2(1e-6, "least reliability P_tiou - P_tnd in Eq. (4) and (5) [J]")
     pre_nms: int = from_stage_2(2000, "(point, class) pairs before Soft-NMS [A]", "positive")
     min_score: float = from_stage_2(0.001, "least joint score, before and in Soft-NMS [A]")
@@ -87,10 +87,9 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         rank = int(os.environ["LOCAL_RANK"])
-        number = torch.cuda.device_count()
-        if name != "cuda" or rank >= number:
+        if name != "cuda" or rank >= torch.cuda.device_count():
             raise BadInput(f"--device {name} under torchrun: each process needs a device of its "
-                           f"own, cuda, and {number} are here")
+                           f"own, cuda, and {torch.cuda.device_count()} are here")
         torch.cuda.set_device(rank)
     try:
         torch.zeros(1, device=name)
@@ -130,9 +129,8 @@ def suppress(outputs, s):
     segments = decode(outputs.points, outputs.offsets)
     records = []
     for b, scores in enumerate(joint * outputs.mask[..., None]):
-        P, K = scores.shape
-        best, index = scores.flatten().topk(min(s.pre_nms, P * K))
-        point, label = index // K, index % K
+        best, index = scores.flatten().topk(min(s.pre_nms, scores.numel()))
+        point, label = torch.unravel_index(index, scores.shape)
         record = {
             "segments": segments[b, point],
             "labels": label,
@@ -260,10 +258,10 @@ def average_precision(truth, found, tious):
     for row, (video, _, _) in enumerate(found):
         if video in truth:
             rows_of[video].append(row)
+    segments = np.array([segment for _, _, segment in found], dtype=np.float64).reshape(-1, 2)
     tp = np.zeros((len(tious), len(found)), dtype=bool)
     for video, mine in rows_of.items():
-        segments = np.array([found[row][2] for row in mine], dtype=np.float64).reshape(-1, 2)
-        tp[:, mine] = match(segments, np.array(truth[video]), tious)
+        tp[:, mine] = match(segments[mine], np.array(truth[video]), tious)
     instances = sum(map(len, truth.values()))
     return [interpolated_ap(hits, instances) for hits in tp]
 
@@ -281,12 +279,13 @@ def mean_average_precision(truth, predictions, tious):
     for video, a in truth.items():
         for label, segment in zip(a.labels, a.segments):
             instances.setdefault(label, {}).setdefault(video, []).append(segment)
-    found = {label: [] for label in instances}
+    found = {}  # {class: [(video, score, segment)]}
     for video, detections in predictions.items():
         for d in detections:
-            if d["label"] in found:
-                found[d["label"]].append((video, d["score"], d["segment"]))
-    ap = {label: average_precision(instances[label], found[label], tious) for label in instances}
+            found.setdefault(d["label"], []).append((video, d["score"], d["segment"]))
+    ap = {}
+    for label, segments in instances.items():
+        ap[label] = average_precision(segments, found.get(label, []), tious)
     mAP = np.mean(list(ap.values()), axis=0)
     return {
         "tiou": tious.tolist(),
@@ -323,7 +322,7 @@ def matched(record, video):
 
     At tIoU 0.5, one to one, the best score first.
     -> (N,) bool"""
-    right = torch.zeros(len(record["labels"]), dtype=torch.bool)
+    right = torch.zeros(len(record["labels"])).bool()
     order = torch.argsort(record["scores"], descending=True, stable=True)
     for c in video.labels.unique():
         mine = order[record["labels"][order] == c]

@@ -30,16 +30,16 @@ def pool_instances(feats, segments, pool):
     segments  (N, 2) in grid steps of feats
     pool      "max" (the paper's) or "mean" (better where standardised features have signs)
     ->        (N, D)"""
-    pooled = []
-    for start, end in segments.tolist():
+    pooled = feats.new_zeros(len(segments), feats.shape[1])
+    for i, (start, end) in enumerate(segments.tolist()):
         first = max(math.ceil(start), 0)
         last = min(math.floor(end), len(feats) - 1)
         if first > last:
             middle = round((start + end) / 2)
             first = last = min(max(middle, 0), len(feats) - 1)
         inside = feats[first:last + 1]
-        pooled.append(inside.amax(0) if pool == "max" else inside.mean(0))
-    return torch.stack(pooled) if pooled else feats.new_zeros(0, feats.shape[1])
+        pooled[i] = inside.amax(0) if pool == "max" else inside.mean(0)
+    return pooled
 
 
 def bank_of(videos, pool):
@@ -57,8 +57,12 @@ def bank_of(videos, pool):
         boundaries += [(video["id"], *segment) for segment in video["segments"].tolist()]
     key_of = {}
     keys = [key_of.setdefault(boundary, len(key_of)) for boundary in boundaries]
-    return {"feats": torch.cat(feats), "labels": torch.cat(labels),
-            "keys": torch.tensor(keys, dtype=torch.long), "videos": [name for name, *_ in boundaries]}
+    return {
+        "feats": torch.cat(feats),
+        "labels": torch.cat(labels),
+        "keys": torch.tensor(keys, dtype=torch.long),
+        "videos": [name for name, *_ in boundaries],
+    }
 
 
 def draw(members, number, generator):
@@ -139,11 +143,10 @@ def similarity(D, feats, labels, bank):
     feats   (N, D), pooled
     labels  (N,)
     ->      (N,); NaN where the class has no labelled instance"""
-    s = torch.full((len(feats),), torch.nan, device=feats.device)
+    s = feats.new_zeros(len(feats))
     for i, (f_i, c) in enumerate(zip(feats, labels)):
         F_c = bank["feats"][bank["labels"] == c]
-        if len(F_c):
-            s[i] = torch.sigmoid(D(f_i.expand_as(F_c), F_c)).mean()
+        s[i] = torch.sigmoid(D(f_i.expand_as(F_c), F_c)).mean()  # of nothing: NaN
     return s
 
 

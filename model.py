@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data import BadInput, CheckedSettings, process, setting, share_of
+from data import BadInput, CheckedSettings, process_count, setting, share_of
 
 # The localization quality branches of Tab. 3(b); none = plain ActionFormer.
 BRANCHES = ("none", "tiou", "diou", "tiou+tnd")
@@ -151,9 +151,8 @@ class Trunk(nn.Module):
 
     def __init__(self, dim_in, dim):
         super().__init__()
-        convs = [Conv(dim_in, dim, bias=False), Conv(dim, dim, bias=False)]
-        self.convs = nn.ModuleList(convs)
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in convs)
+        self.convs = nn.ModuleList([Conv(dim_in, dim, bias=False), Conv(dim, dim, bias=False)])
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.convs)
 
     def forward(self, x, mask):
         for conv, norm in zip(self.convs, self.norms):
@@ -200,11 +199,11 @@ class DropPath(nn.Module):
         self.scale = nn.Parameter(torch.full((dim,), 1e-4))
 
     def forward(self, skip, x):
-        if not self.training or self.rate == 0:
-            return torch.addcmul(skip, x, self.scale)
-        _, number = process()
-        keep = share_of(torch.rand(len(x) * number, 1, 1, device=x.device)) >= self.rate
-        return torch.addcmul(skip, x, self.scale * keep / (1 - self.rate))
+        scale = self.scale
+        if self.training and self.rate > 0:
+            draws = torch.rand(len(x) * process_count(), 1, 1, device=x.device)
+            scale = scale * (share_of(draws) >= self.rate) / (1 - self.rate)
+        return torch.addcmul(skip, x, scale)
 
 
 def local_attention(q, k, v, mask, heads, half):
@@ -467,11 +466,11 @@ def assign_targets(points, segments, labels, num_classes, radius):
     such segment wins; segments as short to 1e-3 all mark the class target.
     segments  B x (N, 2) in grid steps, labels B x (N,)
     ->        cls_target (B, P, K) in {0, 1}, offset_target (B, P, 2) in strides"""
-    device = points.time.device
-    counts = torch.tensor([len(rows) for rows in segments], device=device)
-    # One more video, with one segment, so that N >= 1; it is left out again.
-    segments = pad_sequence([*segments, torch.zeros(1, 2, device=device)], batch_first=True)[:-1]
-    labels = pad_sequence([*labels, counts[:1]], batch_first=True)[:-1]  # (B, N)
+    # Padding is an empty segment, which holds no point. One more video, with such a segment, so
+    # that N >= 1; it is left out again.
+    empty = points.time.new_zeros(1, 2)
+    segments = pad_sequence([*segments, empty], batch_first=True)[:-1]
+    labels = pad_sequence([*labels, empty[:, 0].long()], batch_first=True)[:-1]  # (B, N)
     start, end = segments[:, None].float().unbind(-1)  # (B, 1, N)
     time, stride, low, high = (part[:, None] for part in points)  # (P, 1)
 
@@ -481,16 +480,14 @@ def assign_targets(points, segments, labels, num_classes, radius):
     central = (time > first) & (time < last)
     offsets = torch.stack([time - start, end - time], -1)  # (B, P, N, 2)
     larger = offsets.amax(-1)
-    real = torch.arange(labels.shape[1], device=device) < counts[:, None, None]
-    positive = central & (larger >= low) & (larger <= high) & real  # (B, P, N)
+    positive = central & (larger >= low) & (larger <= high)  # (B, P, N)
 
     length = torch.where(positive, end - start, math.inf)
     shortest, winner = length.min(-1)  # (B, P)
     chosen = positive & (length <= shortest[..., None] + 1e-3)
     onehot = F.one_hot(labels.long(), num_classes).float()
     cls_target = (chosen.float() @ onehot).clamp(max=1)
-    winner = winner[..., None, None].expand(-1, -1, 1, 2)
-    offset_target = offsets.gather(2, winner)[:, :, 0] / stride
+    offset_target = torch.take_along_dim(offsets, winner[..., None, None], 2)[:, :, 0] / stride
     return cls_target, offset_target * cls_target.any(-1, keepdim=True)
 
 

@@ -29,16 +29,7 @@ import icd
 import model
 from acp import ACP
 from alqa import SCOPES, SOFT_LABELS, THRESHOLDS
-from data import (
-    BadInput,
-    column,
-    from_stage_2,
-    from_stage_3,
-    of_run,
-    process,
-    rows,
-    setting,
-)
+from data import BadInput, column, from_stage_2, from_stage_3, of_run, process_count, rows, setting
 from icd import BOUNDS, REFINEMENTS
 
 STAGES = ("pretrain", "supervised", "joint")
@@ -306,11 +297,8 @@ def make_optimizer(detector, s):
     """AdamW; weight decay for the matrices only, as ActionFormer has it."""
     matrices = [p for p in detector.parameters() if p.ndim > 1]
     rest = [p for p in detector.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": s.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=s.lr, fused=True)
+    groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=s.lr, weight_decay=s.weight_decay, fused=True)
 
 
 # What a checkpoint holds: by its key, the field of the run.
@@ -321,18 +309,17 @@ MODULES = {
     "icd_optimizer": "discriminator_optimizer",
     "optimizer": "optimizer",
 }
-NUMBERS = ("stage", "step", "ema_step", "t_plus", "pseudo", "theta_h")
+NUMBERS = ("stage", "epoch", "step", "ema_step", "t_plus", "pseudo", "theta_h")
 
 
-def save(run, epoch):
-    """The whole run as one file, written by the first process, `epoch` epochs of its stage done."""
+def save(run):
+    """The whole run as one file, written by the first process."""
     if not data.is_first():
         return
     content = {key: getattr(run, name).state_dict() for key, name in MODULES.items()}
     content |= {name: getattr(run, name) for name in NUMBERS}
     content |= {
-        "epoch": epoch,
-        "processes": process()[1],
+        "processes": process_count(),
         "settings": asdict(run.s),
         "classes": run.data.classes,
         "mean": run.data.mean,
@@ -349,14 +336,15 @@ def check_checkpoint(run, content, path):
     if not {*MODULES, *NUMBERS} <= set(content) or set(mine) != set(theirs):
         raise BadInput(
             f"checkpoint {path} is not of this version: it lacks or adds settings or parts")
-    stage, epoch, processes = content["stage"], content["epoch"], content.get("processes")
-    _, number = process()
+    stage, epoch = content["stage"], content["epoch"]
+    processes = content.get("processes")
     if path == run.s.start:
         if stage not in STAGES[:2] or epoch != theirs[f"{stage}_epochs"]:
             raise BadInput(f"checkpoint {path} is in stage {stage}, epoch {epoch}, not at the end "
                            "of stage 1 or 2")
-    elif processes != number:
-        raise BadInput(f"checkpoint {path} is of {processes} process(es), not {number}")
+    elif processes != process_count():
+        raise BadInput(
+            f"checkpoint {path} is of {processes} process(es), not {process_count()}")
     for name in settings_until(stage):
         if mine[name] != theirs[name]:
             raise BadInput(f"checkpoint {path} is of another configuration: its {name} is "
@@ -374,7 +362,7 @@ def restore(run, path):
     run.optimizer = make_optimizer(run.detector, run.s)
     for key, name in MODULES.items():
         getattr(run, name).load_state_dict(content[key])
-    for name in (*NUMBERS, "epoch"):
+    for name in NUMBERS:
         setattr(run, name, content[name])
     run.t_plus = run.t_plus.to(run.s.device)
 
@@ -418,17 +406,17 @@ def epochs(run, stage, count, steps):
     run.total = count * steps
     run.clock = (run.step, time.time())
     if count == 0:
-        save(run, 0)
-    for epoch in range(run.epoch, count):
-        run.epoch = epoch
-        seeds = np.random.SeedSequence([run.s.seed, number, epoch])
+        save(run)
+    while run.epoch < count:
+        seeds = np.random.SeedSequence([run.s.seed, number, run.epoch])
         seed = int(seeds.generate_state(1)[0])
         torch.manual_seed(seed)
         run.generator = torch.Generator().manual_seed(seed)
         run.detector.train()
         run.discriminator.train()
         yield np.random.default_rng(seeds)
-        save(run, epoch + 1)
+        run.epoch += 1
+        save(run)
 
 
 # ---- One step -----------------------------------------------------------------------------------
@@ -447,9 +435,8 @@ def learning_rate(s, step, total):
 def sum_gradients(detector):
     """Sum the gradients of all processes: the loss is that of the whole batch, each process has
     the gradient of its own videos."""
-    _, number = process()
     for p in detector.parameters():
-        if number > 1 and p.grad is not None:
+        if process_count() > 1 and p.grad is not None:
             dist.all_reduce(p.grad)
 
 
@@ -540,11 +527,11 @@ def point_losses(run, outputs, instances):
 
     The points inside a rejected segment are neither action nor background, unless they are
     positive for another."""
-    s, K = run.s, len(run.data.classes)
+    s = run.s
     segments = [r["segments"] for r in instances]
     labels = [r["labels"] for r in instances]
     cls_target, offset_target = model.assign_targets(
-        outputs.points, segments, labels, K, s.radius)
+        outputs.points, segments, labels, len(run.data.classes), s.radius)
     time = outputs.points.time
     unsure = torch.stack([acp.covers(r["rejected"], time).any(1) for r in instances])  # (B, P)
     use = outputs.mask & (cls_target.any(-1) | ~unsure)
@@ -648,8 +635,7 @@ def log_pseudo_labels(run):
 
 def steps_of(run, videos):
     """The steps of an epoch over so many videos."""
-    _, number = process()
-    return math.ceil(len(videos) / (run.s.batch * number))
+    return math.ceil(len(videos) / (run.s.batch * process_count()))
 
 
 def pretrain(run):
@@ -684,8 +670,7 @@ def joint(run):
     labelled, unlabelled = run.data.labelled, run.data.unlabelled
     steps = steps_of(run, unlabelled)
     for rng in epochs(run, "joint", s.joint_epochs, steps):
-        anew = s.refresh and run.epoch and run.epoch % s.refresh == 0
-        if run.pseudo is None or anew:
+        if run.pseudo is None or s.refresh and run.epoch % s.refresh == 0:
             run.pseudo, run.theta_h = make_pseudo_labels(run)
             run.detector.train()
         log_pseudo_labels(run)
@@ -712,21 +697,18 @@ def report(run):
 
     The first process writes what --out receives and prints the table."""
     s, dataset = run.s, run.data
-    detectors = {"raw": run.detector, "ema": run.ema}
-    results = {weights: evaluate.evaluate_detector(detector, dataset, s)
-               for weights, detector in detectors.items()}
+    results = {"raw": evaluate.evaluate_detector(run.detector, dataset, s),
+               "ema": evaluate.evaluate_detector(run.ema, dataset, s)}
     if not data.is_first():
         return
-    other = "raw" if s.weights == "ema" else "ema"
-    metrics, predictions = results[s.weights]
-    other_average = results[other][0]["average_mAP"]
-    pseudo = {}
-    if run.pseudo:
-        pseudo = evaluate.export_pseudo_labels(
-            dataset.unlabelled, run.pseudo, dataset.classes, icd.STATUS)
+    metrics, predictions = results.pop(s.weights)
+    other, (other_metrics, _) = results.popitem()
+    other_average = other_metrics["average_mAP"]
+    pseudo = run.pseudo and evaluate.export_pseudo_labels(
+        dataset.unlabelled, run.pseudo, dataset.classes, icd.STATUS)
     whole = metrics | {"weights": s.weights, f"average_mAP_{other}": other_average}
     data.write_json(run.out / "predictions.json", predictions)
-    data.write_json(run.out / "pseudo_labels.json", pseudo, indent=1)
+    data.write_json(run.out / "pseudo_labels.json", pseudo or {}, indent=1)
     data.write_json(run.out / "metrics.json", whole, indent=1)
     print(evaluate.table(metrics, f"{run.out} ({s.weights} weights)"))
     print(f"average with the {other} weights: {100 * other_average:.2f}")
@@ -769,7 +751,6 @@ def parse_settings(argv):
 def describe(run):
     """Print what the run is about to do, and write its configuration and split."""
     s, dataset = run.s, run.data
-    _, number = process()
     labelled = [video.id for video in dataset.labelled]
     unlabelled = [video.id for video in dataset.unlabelled]
     split = {"labelled": labelled, "unlabelled": unlabelled, "missing_classes": dataset.missing}
@@ -778,7 +759,7 @@ def describe(run):
     missing = ", ".join(dataset.missing) or "-"
     print(f"{len(labelled)} labelled, {len(unlabelled)} unlabelled, {len(dataset.test)} test "
           f"videos; {len(dataset.classes)} classes, {len(dataset.missing)} without a labelled "
-          f"instance: {missing}; {s.device}, {s.precision}, {number} process(es)")
+          f"instance: {missing}; {s.device}, {s.precision}, {process_count()} process(es)")
 
 
 def launch(s):
@@ -790,9 +771,10 @@ def launch(s):
         raise BadInput(f"--ratio {s.ratio} leaves no unlabelled video for stage 3; "
                        "--stage supervised needs none")
     run = begin(s, dataset)
-    resumed = s.resume and (run.out / "checkpoint.pt").exists()
+    path = run.out / "checkpoint.pt"
+    resumed = s.resume and path.exists()
     if resumed:
-        restore(run, run.out / "checkpoint.pt")
+        restore(run, path)
     elif s.start:
         restore(run, s.start)
     if data.is_first():
