@@ -1,6 +1,6 @@
 """Action-aware Contrastive Pre-training, ACP (Sec. 3.3): Eq. (11); acp_loss() is Fig. S1.
 
-Input   the detector's pyramid and the raw input features of a batch; after pre-training also
+Input   the detector's pyramid and input features of a batch; after pre-training also
         segments and labels.
 Output  L_acp = L_coarse + L_fine, a scalar with gradient into the backbone and neck; no
         projection head.
@@ -173,12 +173,13 @@ def info_nce(z, labels, tau):
 
 
 def acp_loss(pyramid, feats, instances, num_classes, s, generator):
-    """L_acp = L_coarse + L_fine of a batch, box by box as Fig. S1.
+    """L_acp = L_coarse + L_fine of a batch, the boxes of Fig. S1.
 
+    The steps are drawn first, so that the pyramid is upsampled only there.
     Coarse contrasts the steps within each video, fine those of all videos. Where many processes
     share a batch, each computes the same loss, with gradient into its own videos.
     pyramid    (levels, masks), as model.Detector has them
-    feats      (B, T, D), the raw input features
+    feats      (B, T, D), the input features
     instances  None in pre-training, else B records, ground truth or pseudo labels
     s          the settings
     ->         scalar"""

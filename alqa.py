@@ -67,7 +67,7 @@ def quality_loss(p_tiou, p_tnd, tIoU, tND, branches, form):
     if branches == "tiou":
         return distance(p_tiou, tIoU)
     if branches == "diou":
-        return distance(p_tiou, tIoU - tND)
+        return distance(p_tiou, (tIoU - tND).clamp(min=0))
     return distance(p_tiou, tIoU) + distance(p_tnd, tND)
 
 
@@ -86,7 +86,8 @@ def joint_score(p_cls, p_tiou, p_tnd, eps):
 def soft_label(onehot, tIoU, tND, branches, eps):
     """The DIoU-based soft label of Sec. 3.1, Y = onehot * max(tIoU - tND, eps).
 
-    A tIoU branch alone predicts tIoU: its label is onehot * tIoU.
+    The paper's "predicted" tIoU and tND may be the regressed segments' (the default) or the
+    branches'; the setting soft_label chooses. A tIoU branch alone has the label onehot * tIoU.
     onehot     (..., K)
     tIoU, tND  (...), detached
     ->         (..., K)"""
@@ -98,15 +99,16 @@ def soft_label(onehot, tIoU, tND, branches, eps):
 def classification_loss(cls_logits, p_tiou, p_tnd, Y, beta, eps):
     """Eq. (5): L_cls = sum_k |Y - P|^beta * BCE(P, Y).
 
-    P is the joint score of Eq. (4), in logs, since P_cls starts at 0.01. The paper says focal loss
-    with soft labels; this form, the quality focal loss [24], is not given there but has its
-    minimum at P = Y, which focal loss with soft targets has not, and Eq. (6) needs a calibrated P.
+    P is the joint score of Eq. (4), in logs, so that one near 0 keeps its gradient. The paper says
+    focal loss with soft labels; this form, the quality focal loss [24], is not given there but has
+    its minimum at P = Y, which focal loss with soft targets has not, and Eq. (6) needs a
+    calibrated P.
     cls_logits, Y  (..., K)
     p_tiou, p_tnd  (...)
     ->             (...)"""
     reliability = (p_tiou - p_tnd).clamp(min=eps)[..., None]
     log_P = F.logsigmoid(cls_logits) + reliability.log()
-    log_1_minus_P = torch.log(-torch.expm1(log_P.clamp(max=-1e-7)))
+    log_1_minus_P = torch.log(-torch.expm1(log_P.clamp(max=-1e-7)))  # log_P kept below 0
     P = log_P.exp()
     BCE = -(Y * log_P + (1 - Y) * log_1_minus_P)
     L_cls = ((Y - P).abs() ** beta * BCE).sum(-1)
@@ -152,7 +154,8 @@ def theta_h(scores, stds):
     stds    1; 0 or -1 leave the std out or take it off (not in the paper)
     ->      scalar"""
     s = scores.double()
-    return s.mean() + stds * s.std(correction=0)
+    theta_h = s.mean() + stds * s.std(correction=0)
+    return theta_h
 
 
 # ---- Not in the paper ---------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Data: annotations and feature files -> labelled, unlabelled and test videos, items, batches.
 
-This file alone knows seconds, JSON, file names and which videos are labelled. An unlabelled video
-has no label field, and its crop is label-blind. Files from outside are read without executing
-anything. Bad input raises BadInput: one sentence that names the file, the video and the value.
+This file alone converts seconds to grid steps, reads and writes JSON, and knows which videos are
+labelled. An unlabelled video has no label field, and its crop is label-blind. Files from outside
+are read without executing anything. Bad input raises BadInput: one sentence that names the file,
+the video and the value.
 """
 import json
 import math
@@ -387,10 +388,7 @@ def read_split(path, videos):
         content = read_json(path, "split file")
         ids = content.get("labelled") if isinstance(content, dict) else content
     else:
-        try:
-            ids = path.read_text(encoding="utf-8").split()
-        except (OSError, ValueError) as error:
-            raise BadInput(f"split file {path} cannot be read: {error}") from None
+        ids = path.read_text(errors="replace").split()
     if not isinstance(ids, list) or not ids or not all(isinstance(name, str) for name in ids):
         raise BadInput(f"split file {path} selects no labelled video; it must list their ids")
     ids = [name if name in videos else name.removeprefix("v_") for name in ids]

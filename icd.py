@@ -1,10 +1,10 @@
 """Instance-level Consistency Discriminator, ICD (Sec. 3.2): Eq. (7)-(10).
 
-Input   the raw input features of labelled instances and of detections, pooled over time: (N, D).
+Input   the detector's input features of labelled instances and of detections, pooled over time.
 Output  for each detection its mean similarity to the labelled instances of its class, and what
         becomes of it: ambiguous positives are dropped (EAP), potential positives mined from the
         candidates (MPP).
-The discriminator is thrown away after training.
+Detection on test videos does not use the discriminator.
 """
 import math
 
@@ -93,7 +93,7 @@ class Discriminator(nn.Module):
 
     Dropout and Xavier initialisation are not given in the paper.
     a, b  (N, D), pooled features
-    ->    (N,), the logit of D"""
+    ->    (N,), the logit of D, without the sigmoid"""
 
     def __init__(self, dim, hidden, dropout):
         super().__init__()
@@ -151,7 +151,9 @@ def similarity(D, feats, labels, bank):
 
 
 def compare(record, D, bank, feats, pool):
-    """A video's detections with their "similarity" (N,); feats (T, D) are its raw features."""
+    """A video's detections with their "similarity" (N,), D in eval mode.
+
+    feats  (T, D), the video's input features"""
     pooled = pool_instances(feats, record["segments"], pool)
     return record | {"similarity": similarity(D, pooled, record["labels"], bank).cpu()}
 
@@ -190,6 +192,7 @@ def split_in_three(s):
         return 0.0, 1.0
     sums = F.pad(x.cumsum(0), (1, 0))  # sums[n] of the first n
     best = (-torch.inf, 0, 0)
+    # The squared error is least where the sum of n * mean^2 over the groups is largest.
     for first in range(1, N - 1):  # where the second group begins
         third = torch.arange(first + 1, N)  # where the third may begin
         explained = (sums[first] ** 2 / first

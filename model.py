@@ -11,8 +11,9 @@ Legend, the same letters in every file:
     N segments of a video (padded in a batch), P points over all levels, G groups of detections,
     M detections of the largest group.
     Segments are (..., 2), start and end, in feature-grid units: step t of a sequence lies at t.
-    A record is a dict of tensors about the same N segments: ground truth has "segments" (N, 2)
-    and "labels" (N,), detections and pseudo labels add "scores" (joint) and more.
+    s are the settings, but in an equation the scores. A record is a dict of tensors about the same
+    N segments: ground truth has "segments" (N, 2) and "labels" (N,), detections and pseudo labels
+    add "scores" (joint) and more.
 """
 import math
 from dataclasses import dataclass
@@ -301,8 +302,7 @@ def sinusoid(T, C, device):
     """Sinusoidal absolute position (T, C), divided by sqrt(C) as ActionFormer does."""
     wavelength = 10000 ** (torch.arange(0, C, 2, device=device) / C)
     angle = torch.arange(T, device=device)[:, None] / wavelength
-    both = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
-    return both[:, :C] / math.sqrt(C)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :C] / math.sqrt(C)
 
 
 class Backbone(nn.Module):
@@ -415,11 +415,12 @@ class Detector(nn.Module):
         return Points(time, 2.0 ** level, *self.ranges[level].T)
 
     def padded(self, T, coarse=False):
-        """The steps computed for T, so that padding follows the last valid step on every level.
+        """The steps computed for T: the next multiple of the largest stride, plus one.
 
-        The LayerNorms' biases let that step see whether padding follows it (as in the public
-        ActionFormer), so it must follow always. `coarse`: up to an eighth more, so that few
-        lengths occur: CPUs prepare their bfloat16 products anew for every shape."""
+        Every level must end in a step of padding, which the last valid step sees through the
+        convolutions (as in the public ActionFormer: the LayerNorms have biases).
+        `coarse`: up to an eighth more, so that few lengths occur: CPUs prepare their bfloat16
+        products anew for every shape."""
         unit = 2 ** (len(self.scales) - 1)
         if coarse:
             unit = max(unit, 2 ** (T.bit_length() - 4))
@@ -523,7 +524,7 @@ def soft_nms(segments, scores, groups, sigma, min_score, max_num):
     boxes = segments[index].cpu().numpy()
     taken = []
     for rank in range(min(max_num, index.shape[1])):
-        row = np.arange((sizes > rank).sum())  # the groups that have so many detections
+        row = np.arange((sizes > rank).sum())  # the groups that have so many, which come first
         left, boxes = left[:len(row)], boxes[:len(row)]
         best = left.argmax(1)
         score = left[row, best]

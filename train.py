@@ -239,8 +239,9 @@ def objective(sup, unsup, s):
 
     L_x = 1 / T+ * sum_t [ L_cls + 1(t positive) * (lambda_reg * L_diou + lambda_quality *
     L_quality) ] + lambda_acp * L_acp.
+    T+ is the running mean of the number of positive points, as ActionFormer has it.
     sup, unsup  {"cls", "reg", "quality" (sums over points), "t_plus", "acp"}; unsup is None in
-                stage 2
+                stage 2, and where no video has a pseudo label
     ->          scalar"""
     def L(x):
         points = x["cls"] + s.lambda_reg * x["reg"] + s.lambda_quality * x["quality"]
@@ -270,11 +271,11 @@ class Run:
     step: int = 0  # of the stage, done so far
     total: int = 0  # steps of the stage
     ema_step: int = 0  # steps of all stages, done so far
-    optimizer: torch.optim.Optimizer | None = None  # of the stage
-    generator: torch.Generator | None = None  # of the epoch
-    pseudo: dict | None = None  # {id: record}, the pseudo labels
-    theta_h: float | None = None  # its mean when they were made
-    clock: tuple | None = None  # (step, time) when the stage began or went on
+    optimizer: torch.optim.Optimizer = None  # of the stage
+    generator: torch.Generator = None  # of the epoch
+    pseudo: dict = None  # {id: record}, the pseudo labels
+    theta_h: float = None  # its mean when they were made
+    clock: tuple = None  # (step, time) when the stage began or went on
 
 
 def begin(s, dataset):
@@ -488,8 +489,9 @@ def is_taught(record):
 def pseudo_truth(run, batch):
     """The instances of an unlabelled batch: its pseudo labels within the crops.
 
-    What was detected and rejected is masked out of the loss, or background if the setting says so.
-    A video without a pseudo label is rejected as a whole: it leaves L_unsup.
+    What was detected and rejected (dropped positives, candidates not mined) is masked out of the
+    loss, or background if the setting says so. A crop without a pseudo label leaves L_unsup: it
+    is rejected as a whole.
     -> B records {"segments", "labels", "rejected"}"""
     instances = []
     for video, start, mask in zip(batch["videos"], batch["starts"], batch["mask"]):
@@ -567,9 +569,9 @@ def batch_losses(run, batch, instances, branch):
 
 
 def train_icd(run, batch):
-    """One step of ICD's own optimiser on the instances of a labelled batch; returns the loss.
+    """One step of ICD's own optimiser on all instances of a batch's videos; returns the loss.
 
-    Small: every process does it all."""
+    Crops do not matter here. Small: every process does it all."""
     ids = set(batch["ids"])
     mine = [i for i, name in enumerate(run.bank["videos"]) if name in ids]
     L_icd = icd.icd_loss(run.discriminator, run.bank, mine, run.s.icd_pairs, run.generator)
@@ -669,7 +671,7 @@ def joint(run):
     s = run.s
     labelled, unlabelled = run.data.labelled, run.data.unlabelled
     steps = steps_of(run, unlabelled)
-    for rng in epochs(run, "joint", s.joint_epochs, steps):
+    for rng in epochs(run, "joint", s.joint_epochs, steps):  # saves after each
         if run.pseudo is None or s.refresh and run.epoch % s.refresh == 0:
             run.pseudo, run.theta_h = make_pseudo_labels(run)
             run.detector.train()
