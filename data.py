@@ -129,15 +129,21 @@ class DataSettings(CheckedSettings):
 
 # ---- Files --------------------------------------------------------------------------------------
 
-def read_json(path, what):
-    """The content of a JSON file; `what` names it in the message.
-
-    Raises BadInput if it is missing or no JSON."""
+def read_text(path, what):
+    """The text of a file; `what` names it in the message. Raises BadInput."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise BadInput(f"{what} not found: {path}") from None
     except (OSError, ValueError) as error:
+        raise BadInput(f"{what} {path} cannot be read: {error}") from None
+
+
+def read_json(path, what):
+    """The content of a JSON file; `what` names it in the message. Raises BadInput."""
+    try:
+        return json.loads(read_text(path, what))
+    except ValueError as error:
         raise BadInput(f"{what} {path} cannot be read as JSON: {error}") from None
 
 
@@ -388,7 +394,7 @@ def read_split(path, videos):
         content = read_json(path, "split file")
         ids = content.get("labelled") if isinstance(content, dict) else content
     else:
-        ids = path.read_text(errors="replace").split()
+        ids = read_text(path, "split file").split()
     if not isinstance(ids, list) or not ids or not all(isinstance(name, str) for name in ids):
         raise BadInput(f"split file {path} selects no labelled video; it must list their ids")
     ids = [name if name in videos else name.removeprefix("v_") for name in ids]

@@ -343,9 +343,9 @@ def pseudo_label_quality(records, hidden):
     for name, record in records.items():
         video = hidden[name]
         overlap = tiou(record["segments"][:, None], video.segments)  # (M, N)
-        same = record["labels"][:, None] == video.labels
-        best = F.pad(overlap, (0, 1)).amax(1)  # 0 without an instance
-        right = (same & (overlap == best[:, None]) & (overlap > 0)).any(1)
+        best, nearest = F.pad(overlap, (0, 1)).max(1)  # one more: 0 without an instance
+        labels = F.pad(video.labels, (0, 1), value=-1)
+        right = (labels[nearest] == record["labels"]) & (best > 0)
         judged[name] = {"best": best, "right": right, "hit": matched(record, video)}
     best, right, hit = (column(judged, key).double() for key in ("best", "right", "hit"))
     found = max(len(hit), 1)
@@ -391,6 +391,8 @@ def read_settings(checkpoint, path):
     except KeyError as name:
         raise BadInput(
             f"checkpoint {path} is not of this version: it lacks the setting {name}") from None
+    except BadInput as error:
+        raise BadInput(f"checkpoint {path} is not of this version: {error}") from None
 
 
 def load_detector(checkpoint, path, s, dim):

@@ -144,9 +144,11 @@ def similarity(D, feats, labels, bank):
     labels  (N,)
     ->      (N,); NaN where the class has no labelled instance"""
     s = feats.new_zeros(len(feats))
-    for i, (f_i, c) in enumerate(zip(feats, labels)):
+    for c in labels.unique():
         F_c = bank["feats"][bank["labels"] == c]
-        s[i] = torch.sigmoid(D(f_i.expand_as(F_c), F_c)).mean()  # of nothing: NaN
+        for i in (labels == c).nonzero()[:, 0]:
+            f_i = feats[i].expand_as(F_c)
+            s[i] = torch.sigmoid(D(f_i, F_c)).mean()  # of nothing: NaN
     return s
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import acp
 import alqa
@@ -436,9 +437,12 @@ def learning_rate(s, step, total):
 def sum_gradients(detector):
     """Sum the gradients of all processes: the loss is that of the whole batch, each process has
     the gradient of its own videos."""
-    for p in detector.parameters():
-        if process_count() > 1 and p.grad is not None:
-            dist.all_reduce(p.grad)
+    if process_count() == 1:
+        return
+    gradients = [p.grad for p in detector.parameters() if p.grad is not None]
+    flat = parameters_to_vector(gradients)  # one message in the place of hundreds
+    dist.all_reduce(flat)
+    vector_to_parameters(flat, gradients)
 
 
 @torch.no_grad()

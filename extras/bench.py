@@ -32,6 +32,9 @@ import evaluate
 import model
 import train
 
+GROWTH = (1024, 4096, 16384, 65536)  # steps of the parts that should be linear in T
+
+
 # ---- Measuring ----------------------------------------------------------------------------------
 
 def wait(device):
@@ -358,22 +361,23 @@ def detection(args):
         yield in_child(detection_row, args.device, precision, lengths)
 
 
+def growth_row(part, size, seconds, T):
+    """A row of a part that should grow in proportion to its T steps."""
+    cost = 1e6 * seconds / T
+    return {"part": part, "size": size, "seconds": seconds, "microseconds_a_step": cost}
+
+
 def long_row(device, precision, T):
     """Detection of one video of T steps at THUMOS14 size, once."""
     with tempfile.TemporaryDirectory() as out:
         run = new_run(random_dataset([64, 64], [T]), device, precision, out)
         seconds = clock(lambda: detect(run), device)
-    return {
-        "part": "long",
-        "size": f"{T} steps, {precision}",
-        "seconds": seconds,
-        "microseconds_a_step": 1e6 * seconds / T,
-    }
+    return growth_row("long", f"{T} steps, {precision}", seconds, T)
 
 
 def long(args):
     """Growth of detection with T: time and memory."""
-    for T in (1024, 4096, 16384, 65536):
+    for T in GROWTH:
         yield in_child(long_row, args.device, args.precision[-1], T)
 
 
@@ -390,17 +394,12 @@ def attention_row(device, T, repeat):
         out.sum().backward()
 
     seconds = median_time(both_ways, device, repeat)
-    return {
-        "part": "attention",
-        "size": f"{T} steps",
-        "seconds": seconds,
-        "microseconds_a_step": 1e6 * seconds / T,
-    }
+    return growth_row("attention", f"{T} steps", seconds, T)
 
 
 def attention(args):
     """Growth of local attention with T."""
-    for T in (1024, 4096, 16384, 65536):
+    for T in GROWTH:
         yield in_child(attention_row, args.device, T, args.repeat)
 
 

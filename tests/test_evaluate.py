@@ -202,3 +202,14 @@ def test_quality_without_pseudo_labels_or_instances():
     for records in ({}, {"v": nothing}, {"v": one}):
         quality = evaluate.pseudo_label_quality(records, {"v": empty})
         assert set(quality.values()) == {0.0}
+
+
+def test_of_two_instances_that_overlap_alike_the_first_gives_the_class():
+    twice = torch.tensor([[0.0, 4.0], [0.0, 4.0]])
+    video = data.LabelledVideo(
+        "v", None, "", data.Grid(1, 1, 1), 30, 30.0, False,
+        segments=twice, labels=torch.tensor([0, 1]))
+    found = {"segments": twice, "labels": torch.tensor([0, 1]), "scores": torch.tensor([0.9, 0.8])}
+    quality = evaluate.pseudo_label_quality({"v": found}, {"v": video})
+    assert quality["class_accuracy"] == 0.5
+    assert quality["precision"] == 1.0

@@ -148,7 +148,7 @@ def test_bad_split_files(own, capsys):
         refused(own_argv(own, "--split", own / name), capsys, name, *words)
 
     refuses("nested.json", '{"labelled": [["v1"]]}')
-    refuses("none.txt", None)
+    refuses("none.txt", None, "split file not found")
     refuses("bad.txt", "v1 v99", "v99")
     refuses("empty.json", '{"labelled": []}', "no labelled video")
     assert not (own / "run").exists()
