@@ -195,7 +195,7 @@ def export(videos, detections, classes):
 
 
 def export_pseudo_labels(videos, records, classes, status):
-    """Pseudo labels {id: record of icd.refine_pseudo_labels()} in seconds.
+    """Pseudo labels {id: record of icd.refine()} in seconds.
 
     -> {id: [{"label", "segment", "score", "class_score", "tIoU", "tND", "similarity", "status"}]};
        a similarity without labelled instances is None; `status` names the states"""

@@ -12,14 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import column
-
 # What became of a detection: a positive that stays, one that EAP dropped, a candidate that MPP
 # mined, one that stays out.
 STATUS = ("kept", "dropped", "mined", "candidate")
 KEPT, DROPPED, MINED, CANDIDATE = range(4)
 REFINEMENTS = ("none", "eap", "mpp", "eap+mpp")
-BOUNDS = ("fixed", "adaptive")
 
 
 def pool_instances(feats, segments, pool):
@@ -165,10 +162,8 @@ def refine(record, theta_drop, theta_mine, switches):
 
     EAP drops the ambiguous positives, s < theta_drop; MPP mines the potential positives,
     candidates with s > theta_mine. Where s is NaN positives stay and none is mined.
-    theta_drop, theta_mine  one a detection, (N,)
-    switches                one of REFINEMENTS
-    ->                      the record with "status" (N,), an index into STATUS, in the place of
-                            "positive\""""
+    switches  one of REFINEMENTS
+    ->        the record with "status" (N,), an index into STATUS, in the place of "positive\""""
     s = record["similarity"].double()
     positive = record["positive"]
     status = torch.where(positive, KEPT, CANDIDATE)
@@ -177,49 +172,3 @@ def refine(record, theta_drop, theta_mine, switches):
     if "mpp" in switches:
         status[~positive & (s > theta_mine)] = MINED
     return {key: value for key, value in record.items() if key != "positive"} | {"status": status}
-
-
-# ---- Not in the paper ---------------------------------------------------------------------------
-
-def split_in_three(s):
-    """The bounds that cut similarities into three groups of least squared error.
-
-    Otsu's method (1979) with three classes.
-    s   (N,)
-    ->  (lower, upper), each midway between two neighbours; (0, 1), which drop and mine nothing,
-        where s has fewer than three distinct values"""
-    x = s.double().sort().values
-    N = len(x)
-    if len(x.unique()) < 3:
-        return 0.0, 1.0
-    sums = F.pad(x.cumsum(0), (1, 0))  # sums[n] of the first n
-    best = (-torch.inf, 0, 0)
-    # The squared error is least where the sum of n * mean^2 over the groups is largest.
-    for first in range(1, N - 1):  # where the second group begins
-        third = torch.arange(first + 1, N)  # where the third may begin
-        explained = (sums[first] ** 2 / first
-                     + (sums[third] - sums[first]) ** 2 / (third - first)
-                     + (sums[-1] - sums[third]) ** 2 / (N - third))
-        most, index = explained.max(0)
-        best = max(best, (float(most), first, int(third[index])))
-    _, first, third = best
-    return float(x[first - 1:first + 1].mean()), float(x[third - 1:third + 1].mean())
-
-
-def refine_pseudo_labels(records, theta_drop, theta_mine, switches, bounds):
-    """refine() of all videos {id: record}, new records.
-
-    bounds  "fixed", or "adaptive", which answers the paper's future work (Sec. 5): each class has
-            its own two thresholds, where split_in_three() cuts its similarities"""
-    labels = column(records, "labels")
-    s = column(records, "similarity")
-    of_class = {}
-    if bounds == "adaptive":
-        for c in labels.unique().tolist():
-            of_class[c] = split_in_three(s[(labels == c) & ~s.isnan()])
-    refined = {}
-    for name, record in records.items():
-        pairs = [of_class.get(c, (theta_drop, theta_mine)) for c in record["labels"].tolist()]
-        drop, mine = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).T
-        refined[name] = refine(record, drop, mine, switches)
-    return refined

@@ -559,7 +559,7 @@ def test_refinement_drops_and_mines(switches, expected):
     before = dict(selected)
     compared = icd.compare(selected, D, b, s[:, None], "max")
     assert compared["similarity"].isnan().tolist() == [False, False, True, False, False, True]
-    refined = icd.refine_pseudo_labels({"v": compared}, 0.3, 0.7, switches, "fixed")["v"]
+    refined = icd.refine(compared, 0.3, 0.7, switches)
     assert states(refined) == expected.split()
     assert "positive" not in refined
     # The input stays.

@@ -31,7 +31,7 @@ import model
 from acp import ACP
 from alqa import SCOPES, SOFT_LABELS, THRESHOLDS
 from data import BadInput, column, from_stage_2, from_stage_3, of_run, process_count, rows, setting
-from icd import BOUNDS, REFINEMENTS
+from icd import REFINEMENTS
 
 STAGES = ("pretrain", "supervised", "joint")
 AFTER = ("none", "labelled", "labelled+unlabelled")  # the rows of Tab. S4
@@ -79,9 +79,6 @@ class Settings(evaluate.DetectionSettings):
         0.3, "positives of a smaller similarity are dropped [S]", "a share")
     theta_mine: float = from_stage_3(
         0.7, "candidates of a larger similarity are mined [S]", "a share")
-    icd_bounds: str = from_stage_3(
-        "fixed", "adaptive: thresholds of each class from its similarities, beyond the paper",
-        BOUNDS)
     icd_pairs: int = from_stage_2(
         10, "instances of the same class and of others, Eq. (7) [S]", "positive")
     icd_pool: str = from_stage_2("max", "pooling over time [S: max]", ("max", "mean"))
@@ -600,7 +597,7 @@ def detect_unlabelled(run):
     return detections
 
 
-def compare(run, selected):
+def compare_all(run, selected):
     """ICD compares the detections {id: record} with the labelled instances of their class."""
     s = run.s
     run.discriminator.eval()
@@ -621,9 +618,9 @@ def make_pseudo_labels(run):
     detections = detect_unlabelled(run)
     selected, theta_h = alqa.select(
         detections, s.theta_l, s.threshold, s.theta_fixed, s.scope)
-    compared = compare(run, selected)
-    refined = icd.refine_pseudo_labels(
-        compared, s.theta_drop, s.theta_mine, s.icd, s.icd_bounds)
+    compared = compare_all(run, selected)
+    refined = {name: icd.refine(record, s.theta_drop, s.theta_mine, s.icd)
+               for name, record in compared.items()}
     return refined, float(np.mean(theta_h)) if theta_h else None
 
 
@@ -686,12 +683,13 @@ def joint(run):
         unlabelled_batches = [None] * steps
         if taught:
             unlabelled_batches = data.training_batches(taught, run.data, s, steps, rng)
-        for batch, other in zip(labelled_batches, unlabelled_batches):
+        for batch, pseudo_batch in zip(labelled_batches, unlabelled_batches):
             sup = batch_losses(run, batch, ground_truth(batch), LABELLED)
             unsup = None
             parts = sup
-            if other:
-                unsup = batch_losses(run, other, pseudo_truth(run, other), UNLABELLED)
+            if pseudo_batch:
+                truth = pseudo_truth(run, pseudo_batch)
+                unsup = batch_losses(run, pseudo_batch, truth, UNLABELLED)
                 parts = sup | {f"unsup_{key}": value for key, value in unsup.items()}
             advance(run, objective(sup, unsup, s), parts)
 

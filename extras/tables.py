@@ -93,7 +93,6 @@ ROWS = {
         ("EAP", 22.1, f"{NO_ACP} --icd eap"),
         ("MPP", 22.5, f"{NO_ACP} --icd mpp"),
         ("EAP + MPP", 23.3, NO_ACP),
-        ("EAP + MPP, adaptive thresholds", None, f"{NO_ACP} --icd-bounds adaptive"),
     ],
     "5b": [
         ("no ACP", 23.3, NO_ACP),

@@ -53,7 +53,7 @@ def small_detector(classes=3, dim=6, **changes):
 
 
 def record(segments, labels, status):
-    """Pseudo labels as icd.refine_pseudo_labels() gives them, all with a score of 1."""
+    """Pseudo labels as icd.refine() gives them, all with a score of 1."""
     n = len(segments)
     return {
         "segments": torch.tensor(segments, dtype=torch.float32).reshape(n, 2),

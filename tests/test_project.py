@@ -161,6 +161,5 @@ def test_every_switch_has_its_choices_in_the_components():
     assert choices["threshold"] is alqa.THRESHOLDS
     assert choices["scope"] is alqa.SCOPES
     assert choices["icd"] is icd.REFINEMENTS
-    assert choices["icd_bounds"] is icd.BOUNDS
     assert choices["acp"] is acp.ACP
     assert choices["acp_after"] is train.AFTER

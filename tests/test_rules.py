@@ -2,15 +2,13 @@
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 import alqa
 import data
-import icd
 import train
-from tests.helpers import detections, edit, own_argv, settings, states
+from tests.helpers import detections, edit, own_argv, settings
 
 
 def test_thresholds_by_class_frequency_are_lower_for_rare_classes():
@@ -74,36 +72,3 @@ def test_exclusive_drops_second_classes_only_where_the_labels_have_none(own):
 
     edit(own, label_twice)
     assert overlapping("--exclusive")
-
-
-def test_adaptive_thresholds_are_the_best_cut_in_three():
-    def error(part):
-        return sum((v - np.mean(part)) ** 2 for v in part)
-
-    s = torch.rand(12)
-    x = sorted(s.tolist())
-    cuts = {}
-    for i in range(1, 11):
-        for j in range(i + 1, 12):
-            cuts[i, j] = error(x[:i]) + error(x[i:j]) + error(x[j:])
-    i, j = min(cuts, key=cuts.get)
-    expected = ((x[i - 1] + x[i]) / 2, (x[j - 1] + x[j]) / 2)
-    assert icd.split_in_three(s) == pytest.approx(expected)
-    assert icd.split_in_three(torch.tensor([0.1, 0.5, 0.9])) == pytest.approx((0.3, 0.7))
-    for few in ([], [0.5], [0.2, 0.2, 0.6, 0.6]):
-        assert icd.split_in_three(torch.tensor(few)) == (0, 1)
-
-
-def test_adaptive_refinement_has_the_thresholds_of_each_class():
-    records = {}
-    for c, s in enumerate(([0.1, 0.2, 0.3], [0.7, 0.8, 0.9])):
-        records[f"v{c}"] = {
-            "labels": torch.full((3,), c),
-            "similarity": torch.tensor(s),
-            "positive": torch.tensor([True, True, False]),
-        }
-    refined = icd.refine_pseudo_labels(records, 0.3, 0.7, "eap+mpp", "adaptive")
-    assert refined.keys() == records.keys()
-    for r in refined.values():
-        assert states(r) == ["dropped", "kept", "mined"]
-    assert icd.refine_pseudo_labels({}, 0.3, 0.7, "eap+mpp", "adaptive") == {}
