@@ -8,11 +8,12 @@ the video and the value.
 import json
 import math
 import os
+import reprlib
+import stat
 import sys
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import compress, zip_longest
 from pathlib import Path
@@ -35,18 +36,77 @@ LAYOUTS = {
     "epic-verb": ("annotations/epic_kitchens_100_verb.json", "features"),
     "epic-noun": ("annotations/epic_kitchens_100_noun.json", "features"),
 }
-ORIGIN = ("the README of the public ActionFormer (github.com/happyharrycn/actionformer_release) "
-          "says where the features come from")
+ORIGIN = "both are ActionFormer's: github.com/happyharrycn/actionformer_release"
+
+
+# ---- Words for the terminal ---------------------------------------------------------------------
+
+def printable(text):
+    """Text without what a terminal would act on: control characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def short(text, most=60):
+    """A name from outside as a message shows it: escaped, and cut to `most` letters."""
+    text = printable(str(text)[:most + 1])
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def shown(value):
+    """A value from outside as a message shows it: as Python writes it, cut."""
+    writer = reprlib.Repr()
+    writer.maxstring = writer.maxother = writer.maxlong = 60
+    return printable(writer.repr(value))
+
+
+def several(names, most=5):
+    """"a, b, c, d, e and 7 more"."""
+    text = ", ".join(short(name, 40) for name in list(names)[:most])
+    return text if len(names) <= most else f"{text} and {len(names) - most} more"
+
+
+def say(text, stream=None):
+    """Print lines at once; letters that the terminal cannot show are escaped.
+
+    Where nobody reads any more, only the printing ends."""
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "utf-8"
+    text = "\n".join(printable(line) for line in text.split("\n"))
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # for what follows, and for Python's own last flush
+
+
+def complain(error):
+    """Print an error as one line of at most 400 letters."""
+    text = str(error).replace("\n", " ")
+    say("error: " + short(text, 380), sys.stderr)
+
+
+def refuse(faults):
+    """Raise BadInput for the faults {video: sentence}: the first, and which videos have any."""
+    if faults:
+        sentence = str(next(iter(faults.values())))
+        if len(faults) > 1:
+            sentence += f"; {len(faults)} videos have such faults: {several(faults)}"
+        raise BadInput(sentence)
 
 
 # ---- Settings -----------------------------------------------------------------------------------
 
+MILLION = 10 ** 6
 RANGES = {
     "positive": (1e-12, 1e12),
     "not negative": (0, 1e12),
     "a share": (0, 1),
     "a share below 1": (0, 0.999),
     "finite": (-1e12, 1e12),
+    "from 0 to 64": (0, 64),
+    "from 1 to 8192": (1, 8192),
+    "from 0 to a million": (0, MILLION),
+    "from 1 to a million": (1, MILLION),
 }
 
 
@@ -74,90 +134,172 @@ class CheckedSettings:
             allowed = f.metadata["allowed"]
             types = (int, float) if f.type is float else (f.type,)
             if type(value) not in types:
-                raise BadInput(f"setting {f.name} must be of type {f.type.__name__}, not {value!r}")
+                raise BadInput(
+                    f"setting {f.name} must be of type {f.type.__name__}, not {shown(value)}")
             if isinstance(allowed, tuple) and value not in allowed:
                 choices = ", ".join(allowed)
-                raise BadInput(f"setting {f.name} must be one of {choices}, not {value!r}")
+                raise BadInput(f"setting {f.name} must be one of {choices}, not {shown(value)}")
             if f.type in (int, float):
                 least, most = RANGES[allowed]
                 if not least <= value <= most:
-                    raise BadInput(f"setting {f.name} must be {allowed}, but is {value}")
+                    raise BadInput(f"setting {f.name} must be {allowed}, but is {shown(value)}")
+
+
+# Where the files are: a run that moves has them elsewhere.
+PLACES = ("dataset", "root", "annotations", "features", "unlabelled_features", "split")
+SPLITS = ("uniform", "stratified")
 
 
 @dataclass(frozen=True)
 class DataSettings(CheckedSettings):
     """Files, splits, crops and batches. [S] the paper, [A] the public ActionFormer, [J] neither."""
-    dataset: str = setting(
+    dataset: str = of_run(
         "toy", "toy, thumos, activitynet, epic-verb, epic-noun, or the path of an annotation JSON")
-    root: str = setting(
+    root: str = of_run(
         "",
         "folder of a published dataset, in ActionFormer's layout (default data/thumos and so on)")
-    annotations: str = setting("", "annotation file, in place of the layout's")
-    features: str = setting(
+    annotations: str = of_run("", "annotation file, in place of the layout's")
+    features: str = of_run(
         "",
         "feature folder, in place of the layout's (of a JSON: the folder features beside it)")
-    prefix: str = setting("", "what stands before a video's id in its feature file's name")
-    extension: str = setting(".npy", "what stands after it")
-    feature_key: str = setting("feats", "name of the array in .npz files")
-    stride: float = setting(1.0, "frames between two features", "positive")
+    unlabelled_features: str = of_run(
+        "", "folder whose feature files without an annotation entry are unlabelled videos")
+    prefix: str = of_run("", "what stands before a video's id in its feature file's name")
+    extension: str = of_run(".npy", "what stands after it: .npy, .npz, .pt or .csv")
+    feature_key: str = of_run("feats", "name of the array in .npz and .pt files")
+    missing: str = of_run(
+        "error", "what a video without a feature file does", ("error", "skip"))
+    stride: float = setting(
+        1.0, "frames between two features; 0: every video is cut into as many as it has")
     frames: float = setting(1.0, "frames that a feature sees")
     fps: float = setting(0.0, "frames a second; 0: from the annotation")
+    trust_grid: bool = of_run(
+        False, "go on where the features span another time than the annotations say")
     train_subset: str = setting("training", "subset of the training videos, in any letter case")
-    test_subset: str = setting("validation", "subset of the test videos")
+    test_subset: str = of_run("validation", "subset of the test videos; none: no test")
+    unlabelled_subset: str = setting(
+        "", "subset of more training videos, whose labels are not read")
+    ignore_labels: str = setting("", "labels that neither teach nor count, with commas")
     bad_segments: str = setting(
         "error", "what a segment that is empty or outside its video does", ("error", "skip"))
-    resize: int = setting(0, "resize every video to this number of steps; 0: keep its length")
+    resize: int = setting(
+        0, "resize every video to this number of steps; 0: keep its length", "from 0 to a million")
     standardize: bool = setting(True, "standardise the input over all training videos [J]")
     ratio: float = setting(
-        0.1, "share of labelled training videos [S: 0.1, 0.2, 0.4, 0.6]", "a share")
-    split: str = setting("uniform", "uniform, stratified, or a file of labelled ids")
+        0.0,
+        "share of the annotated training videos that are labelled [S: 0.1, 0.2, 0.4, 0.6]; 0: 0.1, "
+        "or all of them where other training videos have no annotations", "a share")
+    split: str = of_run("uniform", "uniform, stratified, or a file of labelled ids")
     seed: int = setting(0, "seed of everything: split, weights, batches, toy data")
     max_steps: int = setting(2304, "longest crop in training, in steps [A]", "positive")
     crop_min: float = setting(0.9, "shortest crop, as a share of the video [A]", "a share")
     crop_keep: float = setting(
         0.5, "share of a segment that a crop must hold to keep it [A]", "a share")
     crop_tries: int = setting(
-        10, "windows tried for one that holds an action of a labelled video [J]", "positive")
+        10, "windows tried for one that holds an action of a labelled video [J]",
+        "from 1 to a million")
     batch: int = setting(
         2, "videos a step and process; in stage 3 as many labelled and as many unlabelled [S]",
-        "positive")
+        "from 1 to 8192")
     length_noise: float = setting(
         0.3, "spread of the noise on log length by which videos are sorted into batches [J]")
     audit: bool = of_run(
         False, "report the pseudo labels' quality; reads hidden labels for this only")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.ratio and self.split not in SPLITS:
+            raise BadInput(f"the split file {short(self.split)} names the labelled videos: it "
+                           "does not go with --ratio")
+
 
 # ---- Files --------------------------------------------------------------------------------------
 
-def read_text(path, what):
-    """The text of a file; `what` names it in the message. Raises BadInput."""
+MOST_TEXT = 200 * MILLION  # bytes of a JSON or text file; the largest published one has 30 million
+MOST_UNPACKED = 2 ** 31  # bytes of features read at once; a .npy file is read piece by piece
+
+
+def check_file(path, what, most=None):
+    """Raise BadInput unless the path is a regular file of at most `most` bytes.
+
+    A device or a pipe might never end, or give what is not there twice."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        found = os.stat(path)
     except FileNotFoundError:
         raise BadInput(f"{what} not found: {path}") from None
     except (OSError, ValueError) as error:
-        raise BadInput(f"{what} {path} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or "its name is none"
+        raise BadInput(f"{what} {short(path, 200)} cannot be read: {reason}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise BadInput(f"{what} {path} cannot be read: it is no regular file")
+    if most and found.st_size > most:
+        raise BadInput(f"{what} {path} cannot be read: it has {found.st_size} bytes, over {most}")
+
+
+def read_text(path, what):
+    """The text of a file; `what` names it in the message. Raises BadInput."""
+    check_file(path, what, MOST_TEXT)
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    except OSError as error:
+        raise BadInput(f"{what} {path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise BadInput(f"{what} {path} cannot be read: it is no UTF-8 text") from None
+
+
+def without_repeated_keys(pairs):
+    """A dict of the pairs of a JSON object; raises ValueError for a key that comes twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {short(twice)} comes twice")
+    return content
 
 
 def read_json(path, what):
     """The content of a JSON file; `what` names it in the message. Raises BadInput."""
+    text = read_text(path, what)
     try:
-        return json.loads(read_text(path, what))
+        return json.loads(text, object_pairs_hook=without_repeated_keys)
+    except RecursionError:
+        reason = "it is nested too deeply"
     except ValueError as error:
-        raise BadInput(f"{what} {path} cannot be read as JSON: {error}") from None
+        reason = str(error)
+    raise BadInput(f"{what} {path} cannot be read as JSON: {reason}")
 
 
 def write_atomically(path, write):
-    """write(temporary path), then move it to `path`: never half-written."""
-    temporary = Path(f"{path}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    """write(file), a binary file beside `path`, then move it there: never half-written.
+
+    What is no regular file, like /dev/null, is written as it is. Raises BadInput where the disk
+    is full or closed; what lay at `path` is still there then."""
+    path = Path(os.path.realpath(path))
+    try:
+        if path.exists() and not path.is_file():
+            with open(path, "wb") as file:
+                write(file)
+            return
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            with open(temporary, "xb") as file:  # a new file, no link that somebody planted
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch.save: "failed writing", the cause behind it
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or "the disk may be full"
+        raise BadInput(f"{path} cannot be written: {reason}") from None
 
 
 def write_json(path, content, indent=None):
     """Write JSON atomically."""
     text = json.dumps(content, indent=indent)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def append_row(path, row):
@@ -169,15 +311,20 @@ def append_row(path, row):
 def write_rows(path, content):
     """Write a log of JSON lines anew, atomically."""
     text = "".join(json.dumps(row) + "\n" for row in content)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_rows(path):
     """The dicts of a log of JSON lines, [] where there is none, without a last line cut short."""
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    found = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
 
 
 # ---- Processes that share a batch ---------------------------------------------------------------
@@ -195,6 +342,13 @@ def process_count():
 def is_first():
     """Whether this is the process that writes and prints."""
     return process_rank() == 0
+
+
+def warn(warnings):
+    """Print warnings, a line each; the first process does."""
+    for warning in warnings:
+        if is_first():
+            say(f"warning: {warning}", sys.stderr)
 
 
 def share_of(items):
@@ -290,80 +444,157 @@ class Annotation:
     segments: np.ndarray  # (N, 2) in seconds
     labels: list  # N names
     label_ids: list = field(default_factory=list)
+    annotated: bool = True  # whether it says what happens; without a segment: nothing does
 
 
-def is_number(value):
-    """Whether a value of a JSON file is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
+# Names under which public annotation files have the same thing.
+DURATIONS = ("duration", "duration_second", "duration_seconds")
+RATES = ("fps", "frame_rate")
 
 
-def is_segment(value):
-    """Whether a value of a JSON file is a list of two finite numbers."""
-    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+def number(value, where, what):
+    """The finite number that a JSON value is, written as text or not; raises BadInput."""
+    try:
+        x = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        x = math.nan
+    if not math.isfinite(x):
+        raise BadInput(f"{where} {what} must be a number, not {shown(value)}")
+    return x
+
+
+def positive_number(entry, keys, where):
+    """The positive number under the first key that an entry has, None without one."""
+    for key in keys:
+        if entry.get(key) is not None:
+            value = number(entry[key], where, key)
+            if value <= 0:
+                raise BadInput(f"{where} {key} must be positive, not {shown(entry[key])}")
+            return value
+    return None
+
+
+def read_segment(value, where):
+    """[start, end] in seconds of a JSON value; raises BadInput."""
+    if not isinstance(value, list) or len(value) != 2:
+        raise BadInput(f"{where} a segment must be [start, end] in seconds, not {shown(value)}")
+    return [number(t, where, f"each time of the segment {shown(value)}") for t in value]
+
+
+def read_label(value, where):
+    """The name of a class, which may be written as a number; raises BadInput."""
+    if value is None or isinstance(value, str) and not value.strip():
+        raise BadInput(f"{where} a segment has no label")
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise BadInput(f"{where} a label must be text or a number, not {shown(value)}")
+    return str(value)
+
+
+def read_instances(items, where):
+    """(segment, label, label id) of each item of "annotations"; a list of labels is as many."""
+    for item in items:
+        if not isinstance(item, dict):
+            raise BadInput(f"{where} an annotation must hold a segment and a label, not "
+                           f"{shown(item)}")
+        segment = read_segment(item.get("segment"), where)
+        labels = item.get("label")
+        numbers = item.get("label_id")
+        if not isinstance(labels, list):
+            labels, numbers = [labels], [numbers]
+        if not labels:
+            raise BadInput(f"{where} the segment {segment} has no label")
+        if not isinstance(numbers, list) or len(numbers) != len(labels):
+            numbers = [None] * len(labels)
+        for label, label_id in zip(labels, numbers):
+            yield segment, read_label(label, where), label_id
 
 
 def read_annotation(entry, where):
     """The Annotation of an entry of the database; `where` names it. Raises BadInput."""
-    items = entry.get("annotations", []) if isinstance(entry, dict) else None
-    if not isinstance(items, list):
+    items = entry.get("annotations") if isinstance(entry, dict) else 0
+    if items is not None and not isinstance(items, list):
         raise BadInput(f'{where} the entry must hold "subset" and a list of "annotations"')
-    for key in ("duration", "fps"):
-        value = entry.get(key)
-        if value is not None and not (is_number(value) and value > 0):
-            raise BadInput(f"{where} {key} must be a positive number, not {value!r}")
-    segments = []
-    labels = []
-    label_ids = []
-    for item in items:
-        segment = item.get("segment") if isinstance(item, dict) else None
-        if not is_segment(segment):
-            raise BadInput(f"{where} a segment must be [start, end] in seconds, not {segment!r}")
-        if item.get("label") is None:
-            raise BadInput(f"{where} the segment {segment} has no label")
-        segments.append(segment)
-        labels.append(str(item["label"]))
-        label_ids.append(item.get("label_id"))
-    subset = str(entry.get("subset", ""))
-    segments = np.array(segments, dtype=np.float64).reshape(-1, 2)
+    subset = entry.get("subset") or ""
+    if not isinstance(subset, str):
+        raise BadInput(f"{where} subset must be text, not {shown(subset)}")
+    instances = list(read_instances(items or [], where))
+    segments, labels, label_ids = zip(*instances) if instances else ((), (), ())
     return Annotation(
-        subset, entry.get("duration"), entry.get("fps"), segments, labels, label_ids)
-
-
-def read_videos(path, what, key):
-    """{video id: entry} under the `key` of a JSON file; raises BadInput if it is missing."""
-    content = read_json(path, what)
-    videos = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(videos, dict):
-        raise BadInput(f'{what} {path} has no "{key}" of videos')
-    return videos
+        subset.strip(),
+        positive_number(entry, DURATIONS, where),
+        positive_number(entry, RATES, where),
+        np.array(segments, dtype=np.float64).reshape(-1, 2),
+        list(labels),
+        list(label_ids),
+        items is not None)
 
 
 def read_annotations(path):
-    """{video id: Annotation} of an ActivityNet-style JSON; raises BadInput for another form."""
-    database = read_videos(path, "annotation file", "database")
-    return {name: read_annotation(entry, f"annotation file {path}, video {name}:")
-            for name, entry in database.items()}
+    """{video id: Annotation} of an ActivityNet-style JSON, or of its "database" alone.
+
+    Raises BadInput for another form."""
+    content = read_json(path, "annotation file")
+    database = content
+    if isinstance(content, dict) and "database" in content:
+        database = content["database"]
+    if not isinstance(database, dict) or not all(isinstance(e, dict) for e in database.values()):
+        raise BadInput(f'annotation file {path} has no "database" of videos, each a JSON object')
+    annotations = {}
+    faults = {}
+    for name, entry in database.items():
+        try:
+            annotations[name] = read_annotation(
+                entry, f"annotation file {path}, video {short(name)}:")
+        except BadInput as fault:
+            faults[name] = fault
+    refuse(faults)
+    return annotations
 
 
 def read_predictions(path):
     """{id: detections} of a file in ActivityNet's result format; raises BadInput for another."""
-    results = read_videos(path, "prediction file", "results")
+    content = read_json(path, "prediction file")
+    results = content.get("results") if isinstance(content, dict) else None
+    if not isinstance(results, dict):
+        raise BadInput(f'prediction file {path} has no "results" of videos')
+    predictions = {}
     for video, found in results.items():
-        where = f"prediction file {path}, video {video}:"
-        if not isinstance(found, list):
-            raise BadInput(f"{where} it must list predictions, not {found!r}")
-        for d in found:
-            good = isinstance(d, dict) and isinstance(d.get("label"), (str, int))
-            if not good or not is_segment(d.get("segment")) or not is_number(d.get("score")):
-                raise BadInput(
-                    f"{where} a prediction needs a label, a score and a segment, not {d!r}")
-            d["label"] = str(d["label"])
-    return results
+        where = f"prediction file {path}, video {short(video)}:"
+        if not isinstance(found, list) or not all(isinstance(d, dict) for d in found):
+            raise BadInput(f"{where} it must list predictions, not {shown(found)}")
+        predictions[video] = [{
+            "label": read_label(d.get("label"), where),
+            "score": number(d.get("score"), where, "a score"),
+            "segment": read_segment(d.get("segment"), where),
+        } for d in found]
+    return predictions
 
 
 def in_subset(annotations, subset):
     """The annotations {id: Annotation} of a subset, in any letter case."""
     return {name: a for name, a in annotations.items() if a.subset.lower() == subset.lower()}
+
+
+def subsets_of(annotations):
+    """The names of the subsets, with the number of videos of each, as a message shows them."""
+    names = [a.subset or "none" for a in annotations.values()]
+    return several([f"{name} ({names.count(name)})" for name in sorted(set(names))])
+
+
+def rows_of_annotation(a, which):
+    """These instances of an Annotation: `which` N bools."""
+    return replace(
+        a,
+        segments=a.segments[np.array(which, dtype=bool)],
+        labels=list(compress(a.labels, which)),
+        label_ids=list(compress(a.label_ids, which)))
+
+
+def without_labels(annotations, ignored):
+    """The annotations {id: Annotation} without the labels that a text with commas names."""
+    ignored = {label.strip() for label in ignored.split(",")}
+    return {name: rows_of_annotation(a, [label.strip() not in ignored for label in a.labels])
+            for name, a in annotations.items()}
 
 
 def good_segments(a, duration):
@@ -375,15 +606,33 @@ def good_segments(a, duration):
     return (ends > starts) & (inside >= 0.5 * (ends - starts))
 
 
+def unit_of(a, duration, fps):
+    """A guess at the unit of segments that lie outside their video, in words; "" without one."""
+    last = a.segments.max()
+    for unit, a_second in (("frames", fps or 0), ("milliseconds", 1e3), ("microseconds", 1e6)):
+        if a_second and 0.1 * duration < last / a_second <= duration:
+            return f"; are its times {unit}, not seconds?"
+    return ""
+
+
 def class_names(annotations):
     """Class names in the order of their label_id (numbers, or strings of numbers), else by name."""
     pairs = set()
     for a in annotations:
         pairs |= {(label, str(number)) for label, number in zip_longest(a.labels, a.label_ids)}
     id_of = dict(pairs)
-    if len(id_of) == len(pairs) and all(map(str.isdigit, id_of.values())):
+    numbered = all(text.isdecimal() and len(text) < 19 for text in id_of.values())
+    if len(id_of) == len(pairs) and numbered:
         return sorted(id_of, key=lambda label: (int(id_of[label]), label))
     return sorted(id_of)
+
+
+def alike_labels(classes):
+    """Groups of class names that differ by letter case or blanks alone."""
+    groups = {}
+    for name in classes:
+        groups.setdefault("".join(name.lower().split()), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
 
 
 # ---- Splits -------------------------------------------------------------------------------------
@@ -394,13 +643,15 @@ def read_split(path, videos):
         content = read_json(path, "split file")
         ids = content.get("labelled") if isinstance(content, dict) else content
     else:
-        ids = read_text(path, "split file").split()
+        lines = read_text(path, "split file").splitlines()
+        ids = [line.strip() for line in lines if line.strip()]
     if not isinstance(ids, list) or not ids or not all(isinstance(name, str) for name in ids):
         raise BadInput(f"split file {path} selects no labelled video; it must list their ids")
     ids = [name if name in videos else name.removeprefix("v_") for name in ids]
-    for name in ids:
-        if name not in videos:
-            raise BadInput(f"split file {path} names {name}, which is no training video")
+    unknown = [name for name in ids if name not in videos]
+    if unknown:
+        raise BadInput(f"split file {path} names {several(unknown)}: no annotated training video "
+                       f"({len(unknown)} of {len(ids)} ids; one id a line)")
     return sorted(set(ids))
 
 
@@ -423,19 +674,19 @@ def stratify(order, labels, count):
 
 
 def split_videos(videos, ratio, split, seed):
-    """The labelled ids of the training videos {id: Annotation}.
+    """The labelled ids of the annotated training videos {id: Annotation}.
 
     split   "uniform" draws round(ratio * n) at random, "stratified" as many, the classes in turn;
             a file names them: our split.json, a JSON list, or one id a line (an id may carry the
             prefix v_)
     Raises BadInput if none is selected or one is unknown."""
-    if split not in ("uniform", "stratified"):
+    if split not in SPLITS:
         return read_split(Path(split), videos)
     names = sorted(videos)
     count = round(ratio * len(names))
     if not 0 < count <= len(names):
-        raise BadInput(f"--ratio {ratio} selects {count} of {len(names)} training videos; "
-                       "it must select between 1 and all")
+        raise BadInput(f"--ratio {ratio} selects {count} of {len(names)} annotated training "
+                       "videos; it must select between 1 and all")
     rng = np.random.default_rng([seed, 1])
     order = [names[i] for i in rng.permutation(len(names))]
     if split == "uniform":
@@ -500,6 +751,145 @@ def toy_videos(seed, train=40, test=24, pairs=3, dim=32):
     return annotations, features
 
 
+# ---- Feature files ------------------------------------------------------------------------------
+
+def open_zip(path, what):
+    """Check a zip archive before anything is unpacked: its sizes, and its checksums.
+
+    Raises BadInput."""
+    check_file(path, what)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+            if size > max(MOST_UNPACKED, 2 * os.path.getsize(path)):
+                raise BadInput(f"{what} {path} cannot be read: it unpacks to {size} bytes")
+            broken = archive.testzip()
+    except BadInput:
+        raise
+    except Exception:  # zipfile raises a dozen kinds for damaged archives
+        raise BadInput(f"{what} {path} cannot be read: it is no whole archive") from None
+    if broken:
+        raise BadInput(f"{what} {path} cannot be read: its part {short(broken)} is damaged")
+
+
+def read_npy(path, key, what):
+    """The array of a .npy file, memory-mapped."""
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def read_npz(path, key, what):
+    """The array `key` of an .npz file, or its only one without a name."""
+    open_zip(path, what)
+    with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as arrays:
+        if key not in arrays and arrays.files == ["arr_0"]:
+            key = "arr_0"
+        if key not in arrays:
+            raise BadInput(f"{what} {path} holds no array named {key!r} (--feature-key), only "
+                           f"{several(arrays.files)}")
+        with archive.open(f"{key}.npy") as member:
+            version = np.lib.format.read_magic(member)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0,
+                           (2, 0): np.lib.format.read_array_header_2_0}[version]
+            shape, _, dtype = read_header(member)
+        if math.prod(shape) * dtype.itemsize > archive.getinfo(f"{key}.npy").file_size:
+            raise ValueError("the header promises more than the file holds")
+        return arrays[key]
+
+
+def read_pt(path, key, what):
+    """The tensor of a .pt file, or that under `key` of its dict."""
+    open_zip(path, what)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(content, dict):
+        if key not in content:
+            raise BadInput(f"{what} {path} holds no tensor named {key!r} (--feature-key), only "
+                           f"{several(content)}")
+        content = content[key]
+    if not isinstance(content, torch.Tensor) or content.nbytes > MOST_UNPACKED:
+        raise ValueError("no tensor of a sane size")
+    content = content.detach()
+    return (content.float() if content.dtype == torch.bfloat16 else content).numpy()
+
+
+def read_csv(path, key, what):
+    """The numbers of a .csv file, a line a step, without its header."""
+    check_file(path, what, MOST_UNPACKED // 8)
+    with open(path, encoding="utf-8-sig") as file:
+        head = file.readline().split(",")
+    try:
+        first = np.array(head, dtype=np.float64)
+        header = len(first) > 1 and np.array_equal(first, np.arange(len(first)))
+    except ValueError:
+        header = True
+    return np.loadtxt(path, delimiter=",", skiprows=int(header), ndmin=2, encoding="utf-8-sig")
+
+
+READERS = {".npy": read_npy, ".npz": read_npz, ".pt": read_pt, ".pth": read_pt, ".csv": read_csv}
+
+
+def read_features(source, key, name):
+    """Features (T, D), memory-mapped where possible, read without executing anything.
+
+    source  a file .npy, .npz, .pt or .csv, or an array
+    key     the name of the array in .npz and .pt files
+    Raises BadInput if the file is missing, truncated, pickled, of another shape or empty."""
+    if isinstance(source, np.ndarray):
+        return source
+    what = f"video {short(name)}: feature file"
+    check_file(source, what)
+    suffix = Path(source).suffix
+    if suffix not in READERS:
+        raise BadInput(f"{what} {source} is of no kind that is read: {', '.join(READERS)} "
+                       "(--extension)")
+    try:
+        feats = READERS[suffix](source, key, what)
+    except BadInput:
+        raise
+    except Exception:  # numpy and torch raise a dozen kinds, whose words advise to unpickle
+        raise BadInput(f"{what} {source} cannot be read as an array of numbers: it is damaged, "
+                       "pickled or of another kind") from None
+    if feats.ndim != 2 or 0 in feats.shape or feats.dtype.kind not in "fiu":
+        raise BadInput(f"{what} {source} must hold real numbers of shape (T, D), not "
+                       f"{short(feats.dtype)} {short(feats.shape)}")
+    return feats
+
+
+def sum_features(source, key, name):
+    """(steps, mean (D,), spread (D,)) of a video's features: the sum of squares about the mean.
+
+    Raises BadInput for NaN, infinity, and what float32 cannot hold."""
+    feats = read_features(source, key, name)
+    total = square = 0
+    for first in range(0, len(feats), 4096):  # a long video is never held as a whole
+        part = np.asarray(feats[first:first + 4096], dtype=np.float64)
+        with np.errstate(over="ignore"):
+            wrong = np.argwhere(~np.isfinite(part.astype(np.float32)))
+        if len(wrong):
+            step, channel = wrong[0]
+            raise BadInput(f"video {short(name)}: feature file {source} holds "
+                           f"{part[step, channel]} at step {first + step}, channel {channel}")
+        if first == 0:
+            origin = part[0]  # far from 0 the squares would swallow the variance
+        part = part - origin
+        total = total + part.sum(0)
+        square = square + (part ** 2).sum(0)
+    steps = len(feats)
+    return steps, origin + total / steps, np.maximum(square - total ** 2 / steps, 0)
+
+
+def statistics(sums, standardize):
+    """Mean and std (D,) of sum_features()'s of many videos; 0 and 1 if switched off."""
+    steps, means, spreads = (np.array(column) for column in zip(*sums))
+    share = (steps / steps.sum())[:, None]
+    mean = (share * means).sum(0)
+    variance = spreads.sum(0) / steps.sum() + (share * (means - mean) ** 2).sum(0)
+    std = np.sqrt(variance)
+    std = np.where(std > 1e-6, std, 1)
+    if not standardize:
+        mean, std = 0 * mean, std ** 0
+    return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
+
+
 # ---- Videos -------------------------------------------------------------------------------------
 
 @dataclass
@@ -524,76 +914,32 @@ class LabelledVideo(Video):
     segments: torch.Tensor  # (N, 2) in grid steps
     labels: torch.Tensor  # (N,)
 
+    def on_a_step(self):
+        """Which instances hold a grid step and so can have a positive point -> (N,) bool."""
+        first = self.segments[:, 0].ceil().clamp(min=0)
+        last = self.segments[:, 1].floor().clamp(max=self.steps - 1)
+        return first <= last
+
 
 def blind(video):
     """The same video as an unlabelled one: no label field."""
     return Video(**{f.name: getattr(video, f.name) for f in fields(Video)})
 
 
-def read_features(source, key, name):
-    """Features (T, D), memory-mapped where possible.
-
-    source  a .npy file, a .npz file (its array `key`) or an array
-    Raises BadInput if the file is missing, truncated, pickled, of another shape or empty."""
-    if isinstance(source, np.ndarray):
-        return source
-    try:
-        feats = np.load(source, mmap_mode="r", allow_pickle=False)
-        if isinstance(feats, np.lib.npyio.NpzFile):
-            with feats as arrays:
-                feats = arrays[key]
-    except FileNotFoundError:
-        raise BadInput(f"video {name}: feature file not found: {source}") from None
-    except KeyError:
-        raise BadInput(f"video {name}: feature file {source} holds no array named {key!r} "
-                       "(--feature-key)") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise BadInput(f"video {name}: feature file {source} cannot be read as an array: {error}"
-                       ) from None
-    if feats.ndim != 2 or len(feats) == 0 or not np.issubdtype(feats.dtype, np.number):
-        raise BadInput(f"video {name}: feature file {source} must hold numbers of shape (T, D), "
-                       f"not {feats.dtype} {feats.shape}")
-    return feats
-
-
-def sum_features(source, key, name):
-    """(steps, sum (D,), sum of squares (D,)) of a video's features.
-
-    Raises BadInput for NaN or infinity."""
-    feats = read_features(source, key, name)
-    total = square = 0
-    for first in range(0, len(feats), 4096):  # a long video is never held as a whole
-        part = np.asarray(feats[first:first + 4096], dtype=np.float64)
-        wrong = np.argwhere(~np.isfinite(part))
-        if len(wrong):
-            step, column = wrong[0]
-            raise BadInput(f"video {name}: feature file {source} holds {part[step, column]} "
-                           f"at step {first + step}")
-        total = total + part.sum(0)
-        square = square + (part ** 2).sum(0)
-    return len(feats), total, square
-
-
-def statistics(sums, standardize):
-    """Mean and std (D,) of sum_features()'s of many videos; 0 and 1 if switched off."""
-    count, total, square = (sum(column) for column in zip(*sums))
-    mean = total / count
-    std = np.sqrt(np.maximum(square / count - mean ** 2, 0))
-    std = np.where(std > 1e-6, std, 1)
-    if not standardize:
-        mean, std = 0 * mean, std ** 0
-    return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
-
-
 def place_video(name, a, source, steps, s):
     """The Video of an Annotation and a source of `steps` features, without labels.
 
-    A resized one lies as a whole on a fixed number of steps, as ActionFormer has ActivityNet."""
-    grid = Grid(s.fps or a.fps, s.stride, s.frames)
+    A resized one lies as a whole on a fixed number of steps, as ActionFormer has ActivityNet; with
+    s.stride 0 the source already does."""
+    fps = s.fps or a.fps or 1.0  # open_videos() lets a video without fps pass for s.stride 0 alone
+    grid = Grid(fps, s.stride, s.frames)
+    if s.stride == 0:
+        stride = a.duration * fps / steps
+        grid = Grid(fps, stride, stride)
     duration = a.duration or grid.span(steps)
     if s.resize:
-        stride = ((steps - 1) * s.stride + s.frames) / s.resize
-        grid = Grid(grid.fps, stride, stride)
+        stride = ((steps - 1) * grid.stride + grid.frames) / s.resize
+        grid = Grid(fps, stride, stride)
         steps = s.resize
     return Video(name, source, s.feature_key, grid, steps, duration, bool(s.resize))
 
@@ -607,7 +953,7 @@ def label_video(video, a, classes):
                          labels=torch.tensor(labels, dtype=torch.long))
 
 
-# ---- A data set: read, check, open, assemble ----------------------------------------------------
+# ---- A data set: read, choose, open, look, assemble ---------------------------------------------
 
 @dataclass
 class Dataset:
@@ -616,12 +962,29 @@ class Dataset:
     labelled: list  # LabelledVideo
     unlabelled: list  # Video
     test: list  # Video
-    ground_truth: dict  # {id: Annotation} of the test videos, for evaluation only
+    ground_truth: dict  # {id: Annotation} of the annotated test videos, for evaluation only
     hidden: dict  # {id: LabelledVideo} of the unlabelled ones, filled for --audit alone
     dim: int  # D
     mean: torch.Tensor  # (D,), with std: standardises the input
     std: torch.Tensor
     missing: list  # classes without a labelled instance
+    fingerprint: dict = field(default_factory=dict)  # {id: [T, mean, spread]} of training features
+    ignored: list = field(default_factory=list)  # what was not taken, in words
+    warnings: list = field(default_factory=list)  # what is odd, in words
+
+
+@dataclass
+class Chosen:
+    """Which videos of an annotation file are taken, each {id: Annotation}."""
+    annotated: dict  # training videos that may be labelled
+    bare: dict  # training videos without annotations
+    test: dict
+    ignored: list = field(default_factory=list)  # what was not taken, in words
+    warnings: list = field(default_factory=list)
+
+    def everything(self):
+        """All videos that are taken."""
+        return self.annotated | self.bare | self.test
 
 
 def locate(s):
@@ -637,10 +1000,28 @@ def locate(s):
     for file in (path, folder):
         if not file.exists():
             raise BadInput(
-                f"--dataset {s.dataset}: {file} is missing; expected are the annotations {path} "
-                f"and the features {folder}/{s.prefix}<id>{s.extension} (--root, or --annotations "
-                f"and --features, name other places); {ORIGIN}")
+                f"--dataset {s.dataset}: {file.name} is missing; expected are {path} and {folder}/"
+                f"{s.prefix}<id>{s.extension} (or --root, --annotations, --features); {ORIGIN}")
     return path, folder
+
+
+def feature_file(folder, name, s):
+    """The feature file of a video id, which may name sub-folders; raises BadInput for a way out."""
+    parts = Path(name).parts
+    if Path(name).is_absolute() or ".." in parts or "\0" in name:
+        raise BadInput(f"the video id {shown(name)} leads out of the feature folder {folder}")
+    *folders, last = parts or [name]
+    return Path(folder, *folders, f"{s.prefix}{last}{s.extension}")
+
+
+def feature_ids(folder, s):
+    """{id: file} of the feature files in a folder and its sub-folders."""
+    found = {}
+    for file in sorted(Path(folder).rglob("*")):
+        if file.name.startswith(s.prefix) and file.name.endswith(s.extension):
+            name = file.name[len(s.prefix):len(file.name) - len(s.extension)]
+            found[file.relative_to(folder).with_name(name).as_posix()] = file
+    return found
 
 
 def read_dataset(s):
@@ -648,41 +1029,124 @@ def read_dataset(s):
     if s.dataset == "toy":
         return "toy", *toy_videos(s.seed)
     path, folder = locate(s)
-    annotations = read_annotations(path)
-    sources = {name: folder / f"{s.prefix}{name}{s.extension}" for name in annotations}
+    annotations = without_labels(read_annotations(path), s.ignore_labels)
+    sources = {name: feature_file(folder, name, s) for name in annotations}
     return path, annotations, sources
 
 
-def check_dataset(path, annotations, s, trained):
-    """The training and test videos {id: Annotation} and the class names; raises BadInput."""
-    train = in_subset(annotations, s.train_subset)
-    test = in_subset(annotations, s.test_subset)
-    for subset, found in ((s.train_subset, train), (s.test_subset, test)):
-        if not found:
-            present = sorted({a.subset for a in annotations.values()})
-            raise BadInput(f"annotation file {path} has no video of the subset {subset!r}, only of "
-                           f"{present} (--train-subset, --test-subset)")
-    everything = train | test
-    classes = trained["classes"] if trained else class_names(everything.values())
-    for name, a in everything.items():
-        for label in a.labels:
-            if label not in classes:
-                raise BadInput(f"annotation file {path}, video {name}: the label {label!r} is "
-                               "unknown to the checkpoint")
-    if not any(a.labels for a in test.values()):
-        raise BadInput(f"annotation file {path}: the subset {s.test_subset!r} holds no instance to "
-                       "evaluate on")
-    return train, test, classes
+def check_subset(path, annotations, subset, flag):
+    """The annotations {id: Annotation} of a subset; raises BadInput if there is none."""
+    found = in_subset(annotations, subset)
+    if not found:
+        raise BadInput(f"annotation file {path} has no video of the subset {subset!r} ({flag}), "
+                       f"only of {subsets_of(annotations)}")
+    return found
 
 
-def check_spans(videos):
-    """Warn where features span a time that is far from the video's duration."""
-    off = [v for v in videos if not 0.5 < v.grid.span(v.steps) / v.duration < 2]
-    if off:
-        v = off[0]
-        print(f"warning: the features of {len(off)} videos span another time than their "
-              f"annotations, those of {v.id} {v.grid.span(v.steps):.1f} s of {v.duration:.1f} s; "
-              "are --stride, --frames and --fps right?", file=sys.stderr)
+def choose_training(path, annotations, s):
+    """(annotated, bare) training videos {id: Annotation}; raises BadInput without an annotated.
+
+    Without any subset in the file all its videos are training videos."""
+    if s.test_subset == "none" and not any(a.subset for a in annotations.values()):
+        train = annotations
+    else:
+        train = check_subset(path, annotations, s.train_subset, "--train-subset")
+    bare = {name: a for name, a in train.items() if not a.annotated}
+    annotated = {name: a for name, a in train.items() if a.annotated}
+    if not annotated:
+        raise BadInput(f"annotation file {path}: no video of the subset {s.train_subset!r} has "
+                       "annotations")
+    if s.unlabelled_subset:
+        more = check_subset(path, annotations, s.unlabelled_subset, "--unlabelled-subset")
+        for name in more.keys() - annotated.keys():
+            bare[name] = Annotation(s.unlabelled_subset, more[name].duration, more[name].fps,
+                                    np.zeros((0, 2)), [], annotated=False)
+    return annotated, bare
+
+
+def choose_videos(path, annotations, sources, s, trained):
+    """The Chosen videos; adds the sources of files without an entry. Raises BadInput."""
+    chosen = Chosen({}, {}, {})
+    if s.test_subset != "none":
+        chosen.test = check_subset(path, annotations, s.test_subset, "--test-subset")
+    if trained:
+        return chosen
+    chosen.annotated, chosen.bare = choose_training(path, annotations, s)
+    overlap = (chosen.annotated | chosen.bare).keys() & chosen.test.keys()
+    if overlap:
+        chosen.warnings.append(f"{len(overlap)} test videos are training videos too: the mAP says "
+                               "nothing of new ones")
+    if s.dataset == "toy":
+        return chosen
+    known = set(annotations)
+    _, folder = locate(s)
+    extra = s.unlabelled_features
+    loose = {name: file for name, file in feature_ids(extra or folder, s).items()
+             if name not in known}
+    if extra:
+        if not loose:
+            raise BadInput(f"--unlabelled-features {extra} holds no file {s.prefix}<id>"
+                           f"{s.extension} without an annotation entry")
+        rates = {a.fps for a in annotations.values()}
+        fps = rates.pop() if len(rates) == 1 else None
+        for name, file in loose.items():
+            sources[name] = file
+            chosen.bare[name] = Annotation(
+                "", None, fps, np.zeros((0, 2)), [], annotated=False)
+    elif loose:
+        chosen.ignored.append(f"{len(loose)} feature files without an entry: {several(loose, 2)} "
+                              "(--unlabelled-features takes them)")
+    other = {name: a for name, a in annotations.items() if name not in chosen.everything()}
+    if other:
+        chosen.ignored.append(f"{len(other)} entries of other subsets: {subsets_of(other)}")
+    return chosen
+
+
+def hint_at_files(folder, name, s):
+    """What the files of a folder are called that hold a missing one's id, in words; else ""."""
+    stem = Path(name).name
+    for file in sorted(Path(folder).glob("*"))[:100_000]:
+        bare = file.name.removesuffix(file.suffix)
+        if file.suffix in READERS and bare.removeprefix("v_") == stem.removeprefix("v_"):
+            if bare == stem:
+                return f"; there is {short(file.name)}: --extension {file.suffix}"
+            if bare.startswith("v_"):
+                return f"; there is {short(file.name)}: --prefix v_"
+            return f"; there is {short(file.name)}: the ids have the prefix v_, the files have not"
+    return ""
+
+
+def drop_missing(chosen, sources, s):
+    """Without the videos that have no feature file, if the settings allow it; raises BadInput."""
+    everything = chosen.everything()
+    files = {name: sources[name] for name in everything
+             if not isinstance(sources[name], np.ndarray)}
+    absent = [name for name, file in files.items() if not os.path.lexists(file)]
+    if not absent:
+        return
+    first = files[absent[0]]
+    if s.missing == "error" or len(absent) == len(files):
+        raise BadInput(
+            f"video {short(absent[0])}: feature file not found: {short(first, 150)}"
+            f"{hint_at_files(first.parent, absent[0], s)}; of {len(files)} videos {len(absent)} "
+            f"lack theirs: {several(absent)} (--missing skip leaves them out)")
+    for part in (chosen.annotated, chosen.bare, chosen.test):
+        for name in absent:
+            part.pop(name, None)
+    chosen.warnings.append(
+        f"{len(absent)} videos are left out, here and in the mAP: they have no feature file: "
+        f"{several(absent)}")
+
+
+def check_segments(a, video, where):
+    """Raise BadInput for the segments of an Annotation that lie outside their Video."""
+    bad = rows_of_annotation(a, ~good_segments(a, video.duration)).segments.tolist()
+    if bad:
+        number = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise BadInput(
+            f"{where} the segment {bad[0]}{number} ends before it starts or lies outside the video "
+            f"(duration {video.duration:g}){unit_of(a, video.duration, video.grid.fps)}; "
+            "--bad-segments skip leaves such segments out")
 
 
 def open_videos(annotations, sources, s, path, dim):
@@ -692,25 +1156,100 @@ def open_videos(annotations, sources, s, path, dim):
     others = "the checkpoint's" if dim else "the others"
     videos = {}
     sums = {}
+    faults = {}
     for name, a in annotations.items():
-        where = f"annotation file {path}, video {name}:"
-        sums[name] = sum_features(sources[name], s.feature_key, name)
-        steps, total, _ = sums[name]
-        dim = dim or len(total)
-        if len(total) != dim:
-            raise BadInput(f"video {name}: feature file {sources[name]} is {len(total)} wide, "
-                           f"{others} {dim}")
-        if not s.fps and not a.fps:
-            raise BadInput(f"{where} it has no fps; give --fps")
-        videos[name] = place_video(name, a, sources[name], steps, s)
-        duration = videos[name].duration
-        bad = a.segments[~good_segments(a, duration)].tolist()
-        if bad and s.bad_segments == "error":
-            raise BadInput(f"{where} the segment {bad[0]} ends before it starts or lies outside "
-                           f"the video (duration {duration}); --bad-segments skip leaves such "
-                           "segments out")
-    check_spans(videos.values())
+        where = f"annotation file {path}, video {short(name)}:"
+        try:
+            sums[name] = sum_features(sources[name], s.feature_key, name)
+            steps, mean, _ = sums[name]
+            dim = dim or len(mean)
+            if len(mean) != dim:
+                turned = "; transposed it would fit: features are (T, D)" if steps == dim else ""
+                raise BadInput(f"video {short(name)}: feature file {sources[name]} is {len(mean)} "
+                               f"wide, {others} {dim}{turned}")
+            if s.stride == 0 and not a.duration:
+                raise BadInput(f"{where} it has no duration, which --stride 0 needs")
+            if s.stride and not s.fps and not a.fps:
+                raise BadInput(f"{where} it has no fps; give --fps")
+            videos[name] = place_video(name, a, sources[name], steps, s)
+            if s.bad_segments == "error":
+                check_segments(a, videos[name], where)
+        except BadInput as fault:
+            faults[name] = fault
+    refuse(faults)
     return videos, sums
+
+
+def check_spans(videos, annotations, s):
+    """Warnings where features span another time than the annotations say; raises BadInput.
+
+    A median off by more than a window and 5 % is a warning, one off by half an error."""
+    known = [v for v in videos.values() if annotations[v.id].duration and s.stride]
+    if not known:
+        return []
+    spans = np.array([v.grid.span(v.steps) for v in known])
+    durations = np.array([v.duration for v in known])
+    ratio = float(np.median(spans / durations))
+    window = max(s.stride, s.frames) / np.median([v.grid.fps for v in known])
+    far = np.abs(spans - durations) > window
+    if abs(ratio - 1) > 0.05 and np.median(np.abs(spans - durations)) > window:
+        text = (f"the features span {ratio:.2f} times the duration that the annotations say "
+                f"(median of {len(known)} videos; {short(known[0].id)}: {spans[0]:.1f} s of "
+                f"{durations[0]:.1f} s); are --stride, --frames and --fps right? --stride "
+                f"{s.stride / ratio:.4g} would fit")
+        if abs(ratio - 1) >= 0.5 and not s.trust_grid:
+            raise BadInput(f"{text}; --trust-grid goes on")
+        return [text]
+    off = [v.id for v, much in zip(known, far & (np.abs(spans / durations - 1) > 0.5)) if much]
+    if off:
+        return [f"the features of {len(off)} videos span another time than their annotations say, "
+                f"by more than half: {several(off)}"]
+    return []
+
+
+def check_labelled(labelled, path):
+    """Warnings about the LabelledVideos; raises BadInput where there is nothing to learn."""
+    instances = sum(len(video.labels) for video in labelled)
+    on_step = sum(int(video.on_a_step().sum()) for video in labelled)
+    if on_step == 0:
+        raise BadInput(
+            f"annotation file {path}: none of the {instances} labelled instances of "
+            f"{several([video.id for video in labelled])} holds a grid step: there is nothing to "
+            "learn (are --stride, --frames and --fps right?)")
+    if on_step < instances:
+        return [f"{instances - on_step} of {instances} labelled instances hold no grid step and "
+                "teach nothing"]
+    return []
+
+
+def check_classes(classes, missing):
+    """Warnings about the names of the classes."""
+    found = [f"the labels {' and '.join(map(shown, names))} differ by letter case or blanks alone"
+             for names in alike_labels(classes)]
+    if missing:
+        found.append(f"{len(missing)} of {len(classes)} classes have no labelled instance: "
+                     f"{several(missing)}")
+    return found
+
+
+def check_known(path, test, classes):
+    """Raise BadInput for a label of a test video that a checkpoint does not know."""
+    faults = {}
+    for name, a in test.items():
+        unknown = [label for label in a.labels if label not in classes]
+        if unknown:
+            faults[name] = (f"annotation file {path}, video {short(name)}: the label "
+                            f"{shown(unknown[0])} is unknown to the checkpoint")
+    refuse(faults)
+
+
+def truth_of(path, test, s):
+    """The annotated test videos {id: Annotation}; raises BadInput if they hold no instance."""
+    truth = {name: a for name, a in test.items() if a.annotated}
+    if truth and not any(a.labels for a in truth.values()):
+        raise BadInput(f"annotation file {path}: the subset {s.test_subset!r} holds no instance to "
+                       "evaluate on")
+    return truth
 
 
 def load_dataset(s, trained=None):
@@ -718,29 +1257,74 @@ def load_dataset(s, trained=None):
 
     trained: a checkpoint's {"classes", "mean", "std"}, to open the test videos alone."""
     path, annotations, sources = read_dataset(s)
-    train, test, classes = check_dataset(path, annotations, s, trained)
+    chosen = choose_videos(path, annotations, sources, s, trained)
+    drop_missing(chosen, sources, s)
+    everything = chosen.everything()
+    truth = truth_of(path, chosen.test, s)
     if trained:
-        train = {}
-        labelled = []
-        mean, std = trained["mean"], trained["std"]
-        videos, _ = open_videos(test, sources, s, path, len(mean))
+        classes, mean, std = trained["classes"], trained["mean"], trained["std"]
+        check_known(path, chosen.test, classes)
+        videos, sums = open_videos(everything, sources, s, path, len(mean))
+        names = []
     else:
-        labelled = split_videos(train, s.ratio, s.split, s.seed)
-        videos, sums = open_videos(train | test, sources, s, path, None)
+        classes = class_names(everything.values())
+        ratio = s.ratio or (1.0 if chosen.bare else 0.1)
+        names = split_videos(chosen.annotated, ratio, s.split, s.seed)
+        videos, sums = open_videos(everything, sources, s, path, None)
+        train = chosen.annotated | chosen.bare
         mean, std = statistics([sums[name] for name in train], s.standardize)
-    unlabelled = sorted(set(train) - set(labelled))
+    warnings = chosen.warnings + check_spans(videos, everything, s)
+    unknown = len(chosen.test) - len(truth)
+    if unknown:
+        warnings.append(f"{unknown} of {len(chosen.test)} test videos have no annotations: they "
+                        "are predicted, but not in the mAP")
 
     def label(names):
-        return {name: label_video(videos[name], train[name], classes) for name in names}
+        return {name: label_video(videos[name], chosen.annotated[name], classes) for name in names}
 
-    hidden = label(unlabelled) if s.audit else {}
-    labelled = list(label(labelled).values())
+    unseen = sorted((chosen.annotated.keys() | chosen.bare.keys()) - set(names))
+    hidden = label(chosen.annotated.keys() - set(names)) if s.audit else {}
+    labelled = list(label(names).values())
     present = {classes[number] for video in labelled for number in video.labels}
     missing = [name for name in classes if name not in present]
-    unlabelled = [videos[name] for name in unlabelled]
-    tested = [videos[name] for name in sorted(test)]
+    if not trained:
+        warnings += check_labelled(labelled, path) + check_classes(classes, missing)
+    fingerprint = {name: [sums[name][0], float(sums[name][1].mean()), float(sums[name][2].sum())]
+                   for name in [*names, *unseen]}
     return Dataset(
-        classes, labelled, unlabelled, tested, test, hidden, len(mean), mean, std, missing)
+        classes, labelled, [videos[name] for name in unseen],
+        [videos[name] for name in sorted(chosen.test)], truth, hidden, len(mean), mean, std,
+        missing, fingerprint, chosen.ignored, warnings)
+
+
+def percent(count, whole):
+    """A share in whole percent, as text."""
+    return f"{100 * count / max(whole, 1):.0f} %"
+
+
+def describe(dataset, s):
+    """What a run has taken, what it leaves out and what it can learn from, in a few lines.
+
+    s: also the DetectorSettings, for the levels that regress the labelled segments."""
+    labelled, unlabelled, test = dataset.labelled, dataset.unlabelled, dataset.test
+    lines = [f"{len(labelled)} labelled, {len(unlabelled)} unlabelled, {len(test)} test videos; "
+             f"ignored: {'; '.join(dataset.ignored) or 'nothing'}"]
+    on_step = [video.on_a_step() for video in labelled]
+    instances = sum(map(len, on_step))
+    holding = sum(int(on.sum()) for on in on_step)
+    lines.append(f"{instances} labelled instances, {instances - holding} of them without a grid "
+                 f"step; {len(dataset.classes)} classes, {len(dataset.missing)} without a labelled "
+                 "instance")
+    steps = np.array([video.steps for video in labelled + unlabelled + test])
+    lines.append(f"{steps.min()} to {steps.max()} steps a video, median {np.median(steps):.0f}, "
+                 f"of {dataset.dim} channels")
+    half = torch.cat([(v.segments[:, 1] - v.segments[:, 0]) / 2 for v in labelled])
+    shares = []
+    for low, high in s.levels()[1]:
+        inside = int(((half >= low) & (half <= high)).sum())
+        shares.append(f"{low:g}-{high:g} {percent(inside, instances)}")
+    lines.append(f"segments by half their length in steps, a level each: {', '.join(shares)}")
+    return lines
 
 
 # ---- Items and batches --------------------------------------------------------------------------
@@ -787,6 +1371,10 @@ def load_item(video, data, s, rng=None):
     if video.resized:
         x = F.interpolate(x.T[None], size=length, mode="linear", align_corners=False)[0].T
     x = (x - data.mean) / data.std
+    if not x.isfinite().all():
+        step = int((~x.isfinite()).any(1).nonzero()[0, 0])
+        raise BadInput(f"video {short(video.id)}: feature file {video.source} is beyond float32 at "
+                       f"step {start + step}, standardised")
     item = {"id": video.id, "video": video, "feats": x, "start": start}
     if isinstance(video, LabelledVideo):
         segments, inside = crop_segments(video.segments, start, length, s.crop_keep)
@@ -846,8 +1434,8 @@ def plan_batches(videos, s, steps, size, rng):
     return batches[:steps]
 
 
-def training_batches(videos, data, s, steps, rng):
-    """`steps` batches of s.batch videos, cropped at random, loaded ahead.
+def training_batches(videos, data, s, steps, rng, done=0):
+    """`steps` batches of s.batch videos, cropped at random, loaded ahead; the first `done` are not.
 
     Of many processes each gets its share of the videos of a larger batch.
     -> collate()'s, with "ids" of the whole batch"""
@@ -857,4 +1445,5 @@ def training_batches(videos, data, s, steps, rng):
                  for i, seed in share_of(plan)]
         return collate(items) | {"ids": [videos[i].id for i, _ in plan]}
 
-    return ahead(load, plan_batches(videos, s, steps, s.batch * process_count(), rng))
+    plans = plan_batches(videos, s, steps, s.batch * process_count(), rng)
+    return ahead(load, plans[done:])

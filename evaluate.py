@@ -3,14 +3,15 @@
     python evaluate.py --checkpoint runs/hapt/checkpoint.pt
     python evaluate.py --pred pred.json --gt gt.json --subset test --tiou 0.3:0.7:0.1
 
-Evaluating changes nothing: no checkpoint is written, no epoch is chosen.
+Evaluating changes nothing: no checkpoint is written, no epoch is chosen. Only detections of equal
+score may be ranked otherwise than in the toolkit, whose sort is not stable.
 """
 import argparse
 import math
 import os
-import pickle
 import sys
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,22 +19,31 @@ import torch.nn.functional as F
 
 from alqa import joint_score
 from data import (
+    PLACES,
     BadInput,
     DataSettings,
     ahead,
     collate,
     column,
+    complain,
     dict_of_all,
     from_stage_2,
-    in_subset,
     load_dataset,
     load_item,
     of_run,
+    open_zip,
     read_annotations,
     read_predictions,
     rows,
+    say,
     setting,
+    several,
     share_of,
+    short,
+    shown,
+    subsets_of,
+    warn,
+    without_labels,
     write_json,
 )
 from model import Detector, DetectorSettings, decode, soft_nms, tiou
@@ -45,14 +55,17 @@ def parse_tious(text):
     try:
         if ":" in text:
             first, last, step = map(float, text.split(":"))
-            values = np.linspace(first, last, round((last - first) / step) + 1)
+            steps = (last - first) / step
+            if abs(steps - round(steps)) > 1e-6 or not 0 <= steps < 1000:
+                raise BadInput(f"--tiou {short(text)}: the step does not divide the range")
+            values = np.linspace(first, last, round(steps) + 1)
         else:
             values = np.array(text.split(","), dtype=np.float64)
     except (ValueError, ZeroDivisionError, OverflowError):
         raise BadInput(
-            f"--tiou must be start:end:step or a list with commas, not {text!r}") from None
+            f"--tiou must be start:end:step or a list with commas, not {shown(text)}") from None
     if not len(values) or not ((values > 0) & (values <= 1)).all():
-        raise BadInput(f"--tiou {text!r} gives thresholds outside (0, 1]")
+        raise BadInput(f"--tiou {shown(text)} gives thresholds outside (0, 1]")
     return values
 
 
@@ -60,12 +73,14 @@ def parse_tious(text):
 class DetectionSettings(DetectorSettings, DataSettings):
     """All that evaluation needs of a detector. [S] the paper, [A] ActionFormer, [J] neither."""
     eps: float = from_stage_2(1e-6, "least reliability P_tiou - P_tnd in Eq. (4) and (5) [J]")
-    pre_nms: int = from_stage_2(2000, "(point, class) pairs before Soft-NMS [A]", "positive")
+    pre_nms: int = from_stage_2(
+        2000, "(point, class) pairs before Soft-NMS [A]", "from 1 to a million")
     min_score: float = from_stage_2(0.001, "least joint score, before and in Soft-NMS [A]")
     min_length: float = from_stage_2(0.05, "least length of a segment, in steps [A]")
     nms_sigma: float = from_stage_2(0.5, "sigma of Soft-NMS [A]", "positive")
     nms_agnostic: bool = from_stage_2(False, "Soft-NMS over all classes at once [A: ActivityNet]")
-    max_detections: int = from_stage_2(200, "detections kept a video [A]", "positive")
+    max_detections: int = from_stage_2(
+        200, "detections kept a video [A]", "from 1 to a million")
     tiou: str = from_stage_2("0.3:0.7:0.1", "thresholds of mAP [S]")
     weights: str = of_run("ema", "weights that are reported first [J]", ("ema", "raw"))
     precision: str = setting(
@@ -149,6 +164,15 @@ def suppress(outputs, s):
     return records
 
 
+def check_outputs(outputs, videos):
+    """Raise BadInput for NaN or infinity in the outputs of a batch."""
+    for x in (outputs.cls_logits, outputs.offsets, outputs.p_tiou, outputs.p_tnd):
+        if not x.isfinite().all():
+            raise BadInput(f"the detector gives NaN or infinity for the videos "
+                           f"{several([video.id for video in videos])}: their features, "
+                           "standardised, or its weights are too large")
+
+
 @torch.no_grad()
 def detect(detector, videos, data, s):
     """Detections of whole videos {id: record}, best joint score first, on the CPU.
@@ -167,11 +191,19 @@ def detect(detector, videos, data, s):
 
     found = {}
     for batch in ahead(load, firsts):
-        records = suppress(forward(detector, batch, s), s)
+        outputs = forward(detector, batch, s)
+        check_outputs(outputs, batch["videos"])
+        records = suppress(outputs, s)
         for video, record in zip(batch["videos"], records):
             found[video.id] = {key: value.cpu() for key, value in record.items()}
     found = dict_of_all(found)
     return {video.id: found[video.id] for video in videos}
+
+
+def with_seconds(record, video):
+    """A record with its segments in seconds, within the video, and without those of no length."""
+    segments = video.in_seconds(record["segments"])
+    return rows(record | {"segments": segments}, segments[:, 1] > segments[:, 0])
 
 
 def by_row(columns):
@@ -185,11 +217,11 @@ def export(videos, detections, classes):
     -> {"version", "results": {id: [{"label", "score", "segment"}]}, "external_data"}"""
     results = {}
     for video in videos:
-        record = detections[video.id]
+        record = with_seconds(detections[video.id], video)
         results[video.id] = by_row({
             "label": [classes[label] for label in record["labels"]],
             "score": record["scores"].tolist(),
-            "segment": video.in_seconds(record["segments"]).tolist(),
+            "segment": record["segments"].tolist(),
         })
     return {"version": "VERSION 1.3", "results": results, "external_data": {}}
 
@@ -201,11 +233,11 @@ def export_pseudo_labels(videos, records, classes, status):
        a similarity without labelled instances is None; `status` names the states"""
     found = {}
     for video in videos:
-        record = records[video.id]
+        record = with_seconds(records[video.id], video)
         similarity = record["similarity"].tolist()
         found[video.id] = by_row({
             "label": [classes[label] for label in record["labels"]],
-            "segment": video.in_seconds(record["segments"]).tolist(),
+            "segment": record["segments"].tolist(),
             "score": record["scores"].tolist(),
             "class_score": record["p_cls"].tolist(),
             "tIoU": record["p_tiou"].tolist(),
@@ -236,7 +268,10 @@ def match(segments, truth, tious):
     segments  (M, 2), best score first
     truth     (N, 2)
     ->        (thresholds, M) bool"""
-    overlap = tiou(segments[:, None], truth)  # (M, N)
+    # Without a floor under the union, as the toolkit: where neither has a length, 0 / 0 is a hit.
+    with np.errstate(invalid="ignore"):
+        overlap = tiou(segments[:, None], truth, eps=-np.inf)  # (M, N)
+    overlap = np.where(np.isnan(overlap), np.inf, overlap)
     free = np.ones((len(tious), len(truth)), dtype=bool)
     tp = np.zeros((len(tious), len(segments)), dtype=bool)
     reaching = overlap.max(1, initial=0) >= tious.min()  # few do, and only these need the loop
@@ -298,11 +333,13 @@ def mean_average_precision(truth, predictions, tious):
 
 
 def evaluate_detector(detector, data, s):
-    """(metrics, predictions) of a detector on the test videos."""
+    """(metrics, predictions) of a detector on the test videos; metrics None without annotations."""
     detections = detect(detector, data.test, data, s)
     predictions = export(data.test, detections, data.classes)
-    tious = parse_tious(s.tiou)
-    return mean_average_precision(data.ground_truth, predictions["results"], tious), predictions
+    if not data.ground_truth:
+        return None, predictions
+    judged = {name: predictions["results"][name] for name in data.ground_truth}
+    return mean_average_precision(data.ground_truth, judged, parse_tious(s.tiou)), predictions
 
 
 def table(metrics, title):
@@ -359,97 +396,190 @@ def pseudo_label_quality(records, hidden):
     }
 
 
-# ---- Checkpoints and the command line -----------------------------------------------------------
+# ---- Checkpoints --------------------------------------------------------------------------------
+
+def check_weights(found, expected, where):
+    """Raise BadInput unless `found` has the names, shapes and dtypes of `expected`, and is finite.
+
+    found  a state dict from a file, expected {name: tensor}"""
+    if not isinstance(found, dict) or found.keys() != expected.keys():
+        other = found.keys() ^ expected.keys() if isinstance(found, dict) else []
+        raise BadInput(f"{where} is not of this version: it lacks or adds {several(other)}")
+    for name, value in expected.items():
+        x = found[name]
+        if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+            raise BadInput(f"{where} is not of this version: {name} is no tensor")
+        if (x.shape, x.dtype) != (value.shape, value.dtype):
+            raise BadInput(f"{where} is not of this version: {name} is {x.dtype} "
+                           f"{list(x.shape)}, not {value.dtype} {list(value.shape)}")
+        if not x.isfinite().all():
+            raise BadInput(f"{where} is not usable: {name} holds NaN or infinity")
+
+
+def check_settings(found, kind, where):
+    """The settings of a class that a checkpoint holds; raises BadInput where they are others."""
+    if not isinstance(found, dict):
+        raise BadInput(f"{where} is not of this version: its settings are none")
+    lacking = [f.name for f in fields(kind) if f.name not in found]
+    if lacking:
+        raise BadInput(f"{where} is not of this version: it lacks the settings {several(lacking)}")
+    try:
+        return kind(**{f.name: found[f.name] for f in fields(kind)})
+    except BadInput as error:
+        raise BadInput(f"{where} is not of this version: {error}") from None
+
+
+def is_names(value):
+    """Whether a value is a list of different texts."""
+    return (isinstance(value, list) and all(isinstance(name, str) for name in value)
+            and len(set(value)) == len(value))
+
+
+def check_standard(content, where):
+    """Raise BadInput unless a checkpoint's mean and std can standardise the input."""
+    for name in ("mean", "std"):
+        x = content[name]
+        good = isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.ndim == 1
+        if not good or len(x) == 0 or not x.isfinite().all():
+            raise BadInput(f"{where} is not usable: its {name} is no row of finite numbers")
+    if content["mean"].shape != content["std"].shape or not (content["std"] > 0).all():
+        raise BadInput(f"{where} is not usable: its std is 0 somewhere, or its mean of another "
+                       "width")
+
 
 CHECKPOINT = {
     "settings", "classes", "mean", "std", "labelled", "detector", "ema", "stage", "epoch"}
 
 
 def read_checkpoint(path):
-    """A checkpoint of train.py on the CPU, read without executing anything.
+    """A checkpoint of train.py on the CPU, with which a detector can be built.
 
-    Raises BadInput if it is missing or no such file."""
+    Read without executing anything, and checked before anything is built from it: the archive's
+    checksums, the settings' types and ranges, the weights' names, shapes, dtypes and numbers.
+    path  the file, or the folder of its run
+    Raises BadInput."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    where = f"checkpoint {path}"
+    open_zip(path, "checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or not CHECKPOINT <= set(checkpoint):
-            raise ValueError("it is not a checkpoint of train.py")
-        return checkpoint
-    except FileNotFoundError:
-        raise BadInput(f"checkpoint not found: {path}") from None
-    except (OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError,
-            pickle.UnpicklingError) as error:
-        # torch.load raises all of these for a file that is cut short, pickled or foreign
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"checkpoint {path} cannot be read: {reason}") from None
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch.load raises a dozen kinds, and its words advise to unpickle
+        raise BadInput(f"{where} cannot be read: it is not of train.py") from None
+    if not isinstance(content, dict) or not CHECKPOINT <= set(content):
+        raise BadInput(f"{where} cannot be read: it is not of train.py, or of another version")
+    s = check_settings(content["settings"], DetectionSettings, where)
+    for name in ("classes", "labelled"):
+        if not is_names(content[name]):
+            raise BadInput(f"{where} is not usable: its {name} are no list of names")
+    check_standard(content, where)
+    with torch.device("meta"):  # the shapes, without the memory
+        shape = Detector(len(content["mean"]), len(content["classes"]), s).state_dict()
+    for part in ("detector", "ema"):
+        check_weights(content[part], shape, where)
+    return content
 
 
-def read_settings(checkpoint, path):
-    """The DetectionSettings of a checkpoint; raises BadInput where they lack or break one."""
-    found = checkpoint["settings"]
-    try:
-        return DetectionSettings(**{f.name: found[f.name] for f in fields(DetectionSettings)})
-    except KeyError as name:
-        raise BadInput(
-            f"checkpoint {path} is not of this version: it lacks the setting {name}") from None
-    except BadInput as error:
-        raise BadInput(f"checkpoint {path} is not of this version: {error}") from None
+def load_detector(content, s, weights):
+    """The Detector of a checkpoint that read_checkpoint() has read, with its settings.
 
-
-def load_detector(checkpoint, path, s, dim):
-    """The Detector of a checkpoint, with the weights that the settings name; raises BadInput."""
-    detector = Detector(dim, len(checkpoint["classes"]), s)
-    try:
-        detector.load_state_dict(checkpoint["ema" if s.weights == "ema" else "detector"])
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"checkpoint {path} is not of this version: {reason}") from None
+    weights: "raw", or "ema" for the averaged ones."""
+    detector = Detector(len(content["mean"]), len(content["classes"]), s)
+    detector.load_state_dict(content["ema" if weights == "ema" else "detector"])
     return detector
 
 
+# ---- The command line ---------------------------------------------------------------------------
+
 def evaluate_checkpoint(args):
     """(metrics, title) of --checkpoint: detect on its test videos; raises BadInput."""
-    checkpoint = read_checkpoint(args.checkpoint)
-    s = read_settings(checkpoint, args.checkpoint)
-    s = replace(s, tiou=args.tiou or s.tiou, weights=args.weights or s.weights,
-                device=pick_device(args.device or "auto"))
-    data = load_dataset(s, checkpoint)
-    detector = load_detector(checkpoint, args.checkpoint, s, data.dim).to(s.device)
+    content = read_checkpoint(args.checkpoint)
+    s = check_settings(content["settings"], DetectionSettings, f"checkpoint {args.checkpoint}")
+    places = {name: str(Path(value).resolve()) if Path(value).exists() else value
+              for name, value in vars(args).items() if name in PLACES and value}
+    s = replace(s, **places, tiou=args.tiou or s.tiou, weights=args.weights or s.weights,
+                test_subset=args.subset or s.test_subset, device=pick_device(args.device or "auto"))
+    if s.test_subset == "none":
+        raise BadInput("the run was trained without a test set: name one by --subset")
+    data = load_dataset(s, content)
+    warn(data.warnings)
+    detector = load_detector(content, s, s.weights).to(s.device)
     metrics, _ = evaluate_detector(detector, data, s)
+    if metrics is None:
+        raise BadInput(f"no test video of {s.annotations or s.dataset} has annotations: there is "
+                       "no mAP")
     return metrics, f"{args.checkpoint} ({s.weights} weights)"
 
 
-def evaluate_predictions(args):
-    """(metrics, title) of --pred against --gt.
+def truth_for(predictions, annotations, args):
+    """(ground truth {id: Annotation}, its name): of --subset, or of the predictions' subsets.
 
-    Raises BadInput, also for a label that --gt does not know in any subset."""
-    annotations = read_annotations(args.gt)
-    predictions = read_predictions(args.pred)
-    truth = annotations if args.subset is None else in_subset(annotations, args.subset)
+    Raises BadInput where they have nothing in common."""
+    names = {a.subset.lower() for video, a in annotations.items() if video in predictions}
+    if args.subset:
+        names = {args.subset.lower()}
+    elif not predictions:
+        names = {a.subset.lower() for a in annotations.values()}
+    truth = {video: a for video, a in annotations.items()
+             if a.annotated and a.subset.lower() in names}
+    if predictions and not annotations.keys() & predictions.keys():
+        mine, theirs = next(iter(predictions)), next(iter(annotations), "")
+        raise BadInput(f"none of the {len(predictions)} predicted videos, like {short(mine)}, is "
+                       f"in the ground truth {args.gt}, which has videos like {short(theirs)}")
     if not any(a.labels for a in truth.values()):
-        raise BadInput(f"ground truth {args.gt} has no instance in the subset {args.subset!r}")
+        raise BadInput(f"ground truth {args.gt} has no instance in the subset "
+                       f"{shown(args.subset or ', '.join(names))}, only subsets "
+                       f"{subsets_of(annotations)}")
+    return truth, ", ".join(sorted(names)) or "none"
+
+
+def odd_predictions(predictions, truth, known):
+    """Warnings about predictions that no instance can match."""
+    found = []
+    stray = [video for video in predictions if video not in truth]
+    silent = [video for video in truth if video not in predictions]
+    if stray or silent:
+        found.append(f"{len(stray)} of {len(predictions)} predicted videos are not in the ground "
+                     f"truth: {several(stray, 2) or '-'}; {len(silent)} of its {len(truth)} videos "
+                     f"have no prediction: {several(silent, 2) or '-'}")
+    labels = [d["label"] for detections in predictions.values() for d in detections]
+    unknown = [label for label in labels if label not in known]
+    if unknown:
+        found.append(f"{len(unknown)} of {len(labels)} predictions are left out: their labels are "
+                     f"unknown to the ground truth: {several(sorted(set(unknown)), 3)}")
+    return found
+
+
+def evaluate_predictions(args):
+    """(metrics, title) of --pred against --gt; raises BadInput."""
+    annotations = without_labels(read_annotations(args.gt), args.ignore_labels or "")
+    predictions = read_predictions(args.pred)
+    truth, subset = truth_for(predictions, annotations, args)
     known = {label for a in annotations.values() for label in a.labels}
-    for video, found in predictions.items():
-        for d in found:
-            if d["label"] not in known:
-                raise BadInput(f"prediction file {args.pred}, video {video}: the label "
-                               f"{d['label']!r} is unknown to {args.gt}")
+    warn(odd_predictions(predictions, truth, known))
     tious = parse_tious(args.tiou or "0.3:0.7:0.1")
-    return mean_average_precision(truth, predictions, tious), args.pred
+    return mean_average_precision(truth, predictions, tious), f"{args.pred}, subset {subset}"
 
 
 ARGUMENTS = {
-    "--checkpoint": "a checkpoint of train.py: detect on its test videos and evaluate",
+    "--checkpoint": "a run's folder or checkpoint: detect on its test videos and evaluate",
+    "--dataset": "with --checkpoint: the annotation file, where it has moved",
+    "--root": "with --checkpoint: the folder of a published dataset, where it has moved",
+    "--annotations": "with --checkpoint: the annotation file, where it has moved",
+    "--features": "with --checkpoint: the feature folder, where it has moved",
     "--device": "where to detect: auto (the default), cpu, cuda, ...",
     "--pred": "predictions in ActivityNet's result format",
     "--gt": "ground truth in ActivityNet's annotation format",
-    "--subset": "the subset of --gt, in any letter case (default: every video)",
+    "--subset": "the test subset, in any letter case (default: the predictions', the run's)",
+    "--ignore-labels": "labels of --gt that do not count, with commas",
     "--tiou": "thresholds, start:end:step (default: the checkpoint's, or 0.3:0.7:0.1)",
     "--json": "write the metrics here as well",
 }
 
 
-def main(argv=None):
-    """The command line; returns the exit code, 2 for bad input."""
+def parse(argv):
+    """The command line as argparse has it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for flag, comment in ARGUMENTS.items():
         parser.add_argument(flag, help=comment)
@@ -459,15 +589,24 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.pred) or bool(args.pred) != bool(args.gt):
         parser.error("give either --checkpoint, or --pred and --gt")
+    return args
+
+
+def main(argv=None):
+    """The command line; returns the exit code, 2 for bad input."""
+    args = parse(argv)
     try:
         evaluate = evaluate_checkpoint if args.checkpoint else evaluate_predictions
         metrics, title = evaluate(args)
-        print(table(metrics, title))
         if args.json:
             write_json(args.json, metrics)
+        say(table(metrics, title))
     except (BadInput, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         return 2
+    except KeyboardInterrupt:
+        complain("stopped")
+        return 130
     return 0
 
 

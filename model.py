@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data import BadInput, CheckedSettings, process_count, setting, share_of
+from data import BadInput, CheckedSettings, process_count, setting, share_of, shown
 
 # The localization quality branches of Tab. 3(b); none = plain ActionFormer.
 BRANCHES = ("none", "tiou", "diou", "tiou+tnd")
@@ -36,14 +36,14 @@ BRANCHES = ("none", "tiou", "diou", "tiou+tnd")
 @dataclass(frozen=True)
 class DetectorSettings(CheckedSettings):
     """The network's shape and start. [S] the paper, [A] the public ActionFormer, [J] neither."""
-    channels: int = setting(512, "width C [A]", "positive")
-    heads: int = setting(4, "attention heads H [A]", "positive")
+    channels: int = setting(512, "width C [A]", "from 1 to 8192")
+    heads: int = setting(4, "attention heads H [A]", "from 1 to 8192")
     windows: str = setting(
         "19",
         "attention window of all levels, or one a level with commas; 0: the whole sequence [A]")
     ranges: str = setting(
         "0:4,4:8,8:16,16:32,32:64,64:inf", "offsets that each level regresses, in grid steps [A]")
-    stem: int = setting(2, "transformer blocks at full length [A]")
+    stem: int = setting(2, "transformer blocks at full length [A]", "from 0 to 64")
     drop_path: float = setting(0.1, "stochastic depth [A]", "a share below 1")
     position: bool = setting(False, "add the absolute position [A: ActivityNet]")
     offset_bias: float = setting(
@@ -66,15 +66,17 @@ class DetectorSettings(CheckedSettings):
 
         Raises BadInput where `windows` and `ranges` cannot be read or do not fit together."""
         wrong = BadInput(
-            f"setting windows must be whole numbers with commas, not {self.windows!r}, and "
-            f"setting ranges low:high pairs with commas, not {self.ranges!r}")
+            f"setting windows must be whole numbers with commas, not {shown(self.windows)}, and "
+            f"setting ranges low:high pairs with commas, not {shown(self.ranges)}, of at most 16 "
+            "levels")
         try:
             windows = [int(window) for window in self.windows.split(",")]
             pairs = [pair.split(":") for pair in self.ranges.split(",")]
             ranges = [(float(low), float(high)) for low, high in pairs]
         except ValueError:
             raise wrong from None
-        if min(windows) < 0 or not all(low <= high for low, high in ranges):
+        sane = 0 <= min(windows) and max(windows) < 2 ** 31 and len(ranges) <= 16
+        if not sane or not all(low <= high for low, high in ranges):
             raise wrong
         if len(windows) == 1:
             windows = windows * len(ranges)

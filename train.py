@@ -3,6 +3,8 @@
     python train.py                                       toy data, all stages, a table of mAP
     python train.py --dataset thumos --ratio 0.1
     python train.py --dataset my.json --features DIR --stride 25 --frames 50 --out runs/my
+    python train.py --dataset my.json --features DIR --check      a report on the data, no training
+    python train.py --resume runs/my                      go on after a kill
     torchrun --nproc_per_node=4 train.py ...              one process a device: 4 * --batch videos
 
 Stage 1 pre-trains the backbone with ACP on all training videos, no labels read. Stage 2 trains the
@@ -11,10 +13,12 @@ and trains on labelled and unlabelled videos: joint() is Fig. 1.
 """
 import argparse
 import copy
+import fcntl
 import math
+import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +34,19 @@ import icd
 import model
 from acp import ACP
 from alqa import SCOPES, SOFT_LABELS, THRESHOLDS
-from data import BadInput, column, from_stage_2, from_stage_3, of_run, process_count, rows, setting
+from data import (
+    BadInput,
+    column,
+    from_stage_2,
+    from_stage_3,
+    of_run,
+    process_count,
+    rows,
+    say,
+    setting,
+    several,
+    short,
+)
 from icd import REFINEMENTS
 
 STAGES = ("pretrain", "supervised", "joint")
@@ -80,9 +96,9 @@ class Settings(evaluate.DetectionSettings):
     theta_mine: float = from_stage_3(
         0.7, "candidates of a larger similarity are mined [S]", "a share")
     icd_pairs: int = from_stage_2(
-        10, "instances of the same class and of others, Eq. (7) [S]", "positive")
+        10, "instances of the same class and of others, Eq. (7) [S]", "from 1 to 8192")
     icd_pool: str = from_stage_2("max", "pooling over time [S: max]", ("max", "mean"))
-    icd_hidden: int = setting(128, "hidden width of Eq. (9) [S, by Tab. S6]", "positive")
+    icd_hidden: int = setting(128, "hidden width of Eq. (9) [S, by Tab. S6]", "from 1 to 8192")
     icd_dropout: float = setting(0.5, "dropout of Eq. (9) [J]", "a share")
     icd_lr: float = setting(1e-3, "learning rate of ICD's Adam [J]", "positive")
     icd_steps: int = from_stage_2(
@@ -93,10 +109,11 @@ class Settings(evaluate.DetectionSettings):
     acp_after: str = from_stage_2(
         "labelled+unlabelled",
         "where L_acp goes on after pre-training (Tab. S4) [S]", AFTER)
-    acp_steps: int = setting(40, "steps m drawn from a video [J]", "positive")
+    acp_steps: int = setting(40, "steps m drawn from a video [J]", "from 1 to 8192")
     acp_clusters: int = setting(
-        4, "clusters of the fine contrast in a batch [S: 4 THUMOS14, 2 ActivityNet]", "positive")
-    acp_restarts: int = setting(10, "restarts of K-means [J]", "positive")
+        4, "clusters of the fine contrast in a batch [S: 4 THUMOS14, 2 ActivityNet]",
+        "from 1 to 8192")
+    acp_restarts: int = setting(10, "restarts of K-means [J]", "from 1 to 8192")
     acp_tau: float = setting(0.1, "temperature tau [J]", "positive")
     # loss, Eq. (12)
     lambda_u: float = from_stage_3(2.0, "weight of L_unsup [S]")
@@ -119,10 +136,13 @@ class Settings(evaluate.DetectionSettings):
     warmup: float = setting(
         0.14, "linear warm-up, as a share of a stage: 5 of 35 epochs [J]", "a share")
     clip: float = setting(1.0, "gradient norm [J]", "positive")
-    pretrain_epochs: int = setting(15, "stage 1 [S]")
-    supervised_epochs: int = from_stage_2(35, "stage 2, warm-up included [J]", "positive")
-    supervised_steps: int = from_stage_2(1500, "stage 2 has at least as many steps [J]")
-    joint_epochs: int = from_stage_3(40, "stage 3 [S: 40 THUMOS14, 15 ActivityNet]")
+    pretrain_epochs: int = setting(15, "stage 1 [S]", "from 0 to a million")
+    supervised_epochs: int = from_stage_2(
+        35, "stage 2, warm-up included [J]", "from 1 to a million")
+    supervised_steps: int = from_stage_2(
+        1500, "stage 2 has at least as many steps [J]", "from 0 to a million")
+    joint_epochs: int = from_stage_3(
+        40, "stage 3 [S: 40 THUMOS14, 15 ActivityNet]", "from 0 to a million")
     refresh: int = from_stage_3(
         0,
         "epochs after which pseudo labels are made anew; 0: once, after stage 2 [J]")
@@ -131,12 +151,16 @@ class Settings(evaluate.DetectionSettings):
     ema: float = setting(
         0.999, "decay of the averaged weights, at most (1 + t) / (10 + t) [J]", "a share")
     # run
-    out: str = of_run("", "folder of everything that the run writes (default runs/<dataset>)")
+    out: str = of_run(
+        "", "folder of everything that the run writes (default runs/<dataset>, or a free number)")
+    overwrite: bool = of_run(False, "begin anew in a folder that holds a run")
+    check: bool = of_run(False, "report on the data and stop")
     stage: str = of_run(
         "all", "last stage; supervised: ActF* of Table 1 with --alqa none --acp none",
         ("all", *STAGES[:2]))
-    start: str = of_run("", "checkpoint of a finished stage 1 or 2 to go on from")
-    resume: bool = of_run(False, "go on from the checkpoint in --out, if there is one")
+    start: str = of_run(
+        "", "checkpoint of another run to go on from; --lr, --warmup and --clip may differ")
+    resume: str = of_run("", "folder of a run to go on with, with its settings")
     log_every: int = of_run(20, "steps between two log lines", "positive")
 
     def __post_init__(self):
@@ -250,6 +274,31 @@ def objective(sup, unsup, s):
     return L(sup) + s.lambda_u * L(unsup)
 
 
+# ---- Signals ------------------------------------------------------------------------------------
+
+@dataclass
+class Stop:
+    """Whether Ctrl-C or SIGTERM has asked a run to stop."""
+    signal: int = 0  # which did; 0: none
+    gently: bool = False  # whether a step is under way, which is finished and saved first
+
+
+class Stopped(Exception):
+    """A signal has stopped the run."""
+
+
+def on_signals(stop):
+    """Let Ctrl-C and SIGTERM fill a Stop -> what they did before, {signal: handler}.
+
+    Raises Stopped where no step is under way, and at the second signal."""
+    def handle(number, frame):
+        again = stop.signal
+        stop.signal = number
+        if again or not stop.gently:
+            raise Stopped
+    return {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
 # ---- The run ------------------------------------------------------------------------------------
 
 @dataclass
@@ -271,9 +320,15 @@ class Run:
     ema_step: int = 0  # steps of all stages, done so far
     optimizer: torch.optim.Optimizer = None  # of the stage
     generator: torch.Generator = None  # of the epoch
+    done: int = 0  # steps of the epoch, done so far
+    rng: dict = None  # the states of the generators in the midst of an epoch
     pseudo: dict = None  # {id: record}, the pseudo labels
     theta_h: float = None  # its mean when they were made
     clock: tuple = None  # (step, time) when the stage began or went on
+    logged: bool = False  # whether log.jsonl is this run's
+    saved: bool = False  # whether the folder's other files are
+    lock: object = None  # the open file that keeps other runs out of the folder
+    stop: Stop = field(default_factory=Stop)  # what the signals have asked for
 
 
 def begin(s, dataset):
@@ -300,6 +355,8 @@ def make_optimizer(detector, s):
     return torch.optim.AdamW(groups, lr=s.lr, weight_decay=s.weight_decay, fused=True)
 
 
+# ---- Checkpoints --------------------------------------------------------------------------------
+
 # What a checkpoint holds: by its key, the field of the run.
 MODULES = {
     "detector": "detector",
@@ -308,13 +365,57 @@ MODULES = {
     "icd_optimizer": "discriminator_optimizer",
     "optimizer": "optimizer",
 }
-NUMBERS = ("stage", "epoch", "step", "ema_step", "t_plus", "pseudo", "theta_h")
+COUNTS = ("epoch", "step", "ema_step", "done")
+NUMBERS = ("stage", *COUNTS, "t_plus", "pseudo", "theta_h", "rng")
+PARTS = {*MODULES, *NUMBERS, "processes", "fingerprint", "instances"}
+TUNED = ("lr", "warmup", "clip")  # what may differ from those of --start
+RESULTS = ("metrics.json", "predictions.json", "pseudo_labels.json")
+
+
+def instances_of(videos):
+    """{id: [[start, end, label]]} of LabelledVideos."""
+    found = {}
+    for video in videos:
+        both = torch.cat([video.segments, video.labels[:, None]], 1)
+        found[video.id] = both.tolist()
+    return found
+
+
+def states_of_generators(run):
+    """The states of the generators that an epoch draws from."""
+    states = {"torch": torch.get_rng_state(), "run": run.generator.get_state()}
+    if run.s.device.startswith("cuda"):
+        states["cuda"] = torch.cuda.get_rng_state(run.s.device)
+    return states
+
+
+def set_generators(run):
+    """Go on in the midst of an epoch: set the generators to the states that were saved."""
+    torch.set_rng_state(run.rng["torch"])
+    run.generator.set_state(run.rng["run"])
+    if "cuda" in run.rng and run.s.device.startswith("cuda"):
+        torch.cuda.set_rng_state(run.rng["cuda"], run.s.device)
+
+
+def write_configuration(run):
+    """What the run does, in config.json, and with which videos, in split.json."""
+    dataset = run.data
+    split = {
+        "labelled": [video.id for video in dataset.labelled],
+        "unlabelled": [video.id for video in dataset.unlabelled],
+        "missing_classes": dataset.missing,
+    }
+    data.write_json(run.out / "config.json", asdict(run.s), indent=1)
+    data.write_json(run.out / "split.json", split, indent=1)
 
 
 def save(run):
-    """The whole run as one file, written by the first process."""
+    """The whole run as one file, written by the first process.
+
+    At the first of a new run the results that another left in the folder go."""
     if not data.is_first():
         return
+    run.rng = states_of_generators(run) if run.done else None
     content = {key: getattr(run, name).state_dict() for key, name in MODULES.items()}
     content |= {name: getattr(run, name) for name in NUMBERS}
     content |= {
@@ -324,46 +425,182 @@ def save(run):
         "mean": run.data.mean,
         "std": run.data.std,
         "labelled": [video.id for video in run.data.labelled],
+        "fingerprint": run.data.fingerprint,
+        "instances": instances_of(run.data.labelled),
     }
     path = run.out / "checkpoint.pt"
-    data.write_atomically(path, lambda temporary: torch.save(content, temporary))
+    data.write_atomically(path, lambda file: torch.save(content, file))
+    if not run.saved:
+        for name in RESULTS:
+            (run.out / name).unlink(missing_ok=True)
+        write_configuration(run)
+        run.saved = True
+
+
+def check_optimizer(found, optimizer, where):
+    """Raise BadInput unless an optimizer's saved state fits its parameters: torch would crash."""
+    expected = optimizer.state_dict()["param_groups"]
+    groups = found.get("param_groups") if isinstance(found, dict) else None
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise BadInput(f"{where} is not of this version: its optimizer has no groups")
+    for group in groups:
+        rate = group.get("lr")
+        if not isinstance(rate, float) or not 0 <= rate <= 1e12:
+            raise BadInput(f"{where} is not usable: its optimizer's lr is {data.shown(rate)}")
+    if [group | {"lr": 0} for group in groups] != [group | {"lr": 0} for group in expected]:
+        raise BadInput(f"{where} is not of this version: its optimizer has other groups")
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    states = found.get("state")
+    if not isinstance(states, dict) or not states.keys() <= set(range(len(params))):
+        raise BadInput(f"{where} is not of this version: its optimizer has other parameters")
+    for i, state in states.items():
+        shapes = {"step": torch.zeros(()), "exp_avg": params[i], "exp_avg_sq": params[i]}
+        evaluate.check_weights(state, shapes, f"{where}, optimizer, parameter {i}")
+
+
+def check_pseudo_labels(records, run, where):
+    """Raise BadInput unless saved pseudo labels are those of the run's unlabelled videos."""
+    if records is None:
+        return
+    ids = {video.id for video in run.data.unlabelled}
+    if not isinstance(records, dict) or records.keys() != ids:
+        raise BadInput(f"{where} is of other data: its pseudo labels are of other videos")
+    for name, record in records.items():
+        fault = f"{where} is not usable: the pseudo labels of {short(name)}"
+        try:
+            n = len(record["labels"])
+            sane = record["segments"].shape == (n, 2) and record["segments"].isfinite().all()
+            for key, least, most in (("labels", 0, len(run.data.classes)),
+                                     ("status", 0, len(icd.STATUS)), ("scores", 0.0, 1e12)):
+                x = record[key]
+                sane = sane and x.shape == (n,) and ((x >= least) & (x < most)).all()
+                sane = sane and x.is_floating_point() == isinstance(least, float)
+            sane = sane and all(len(x) == n for x in record.values())
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError):
+            sane = False
+        if not sane:
+            raise BadInput(f"{fault} are damaged")
+
+
+def check_progress(content, run, where):
+    """Raise BadInput unless a checkpoint says in a sane way how far its run is."""
+    for name in COUNTS:
+        if type(content[name]) is not int or content[name] < 0:
+            raise BadInput(f"{where} is not usable: its {name} is {data.shown(content[name])}")
+    if content["stage"] not in STAGES:
+        raise BadInput(f"{where} is not usable: its stage is {data.shown(content['stage'])}")
+    evaluate.check_weights({"t_plus": content["t_plus"]}, {"t_plus": run.t_plus}, where)
+    theta = content["theta_h"]
+    if theta is not None and not (isinstance(theta, float) and math.isfinite(theta)):
+        raise BadInput(f"{where} is not usable: its theta_h is {data.shown(theta)}")
+    states = content["rng"]
+    if content["done"]:
+        own = {"torch": torch.get_rng_state(), "run": torch.Generator().get_state()}
+        kept = {key: states.get(key) for key in own} if isinstance(states, dict) else None
+        evaluate.check_weights(kept, own, where)
+    check_pseudo_labels(content["pseudo"], run, where)
+
+
+def alike(theirs, mine):
+    """Whether two lists of numbers are equal to rounding, whatever machine added them up."""
+    try:
+        a, b = np.array(theirs, dtype=np.float64), np.array(mine, dtype=np.float64)
+    except (TypeError, ValueError):
+        return False
+    return a.shape == b.shape and np.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def check_data(content, run, where):
+    """Raise BadInput where features or labels are not those that a checkpoint was trained on."""
+    dataset = run.data
+    theirs, mine = content["fingerprint"], dataset.fingerprint
+    instances = instances_of(dataset.labelled)
+    if not isinstance(theirs, dict) or not isinstance(content["instances"], dict):
+        raise BadInput(f"{where} is not of this version: it does not say what data it is of")
+    if theirs.keys() != mine.keys():
+        other = sorted(map(str, theirs.keys() ^ mine.keys()))
+        raise BadInput(f"{where} is of other data: {len(other)} training videos are new or gone: "
+                       f"{several(other)}")
+    changed = [name for name in mine if not alike(theirs[name], mine[name])]
+    if changed:
+        raise BadInput(f"{where} is of other data: {len(changed)} videos have other features now: "
+                       f"{several(changed)}")
+    labelled = [video.id for video in dataset.labelled]
+    if content["labelled"] != labelled or content["classes"] != dataset.classes:
+        raise BadInput(f"{where} is of other data: its labelled videos or classes are not those "
+                       f"of {short(run.s.dataset, 150)}")
+    changed = [name for name in labelled
+               if not alike(content["instances"].get(name), instances[name])]
+    if changed:
+        raise BadInput(f"{where} is of other data: {len(changed)} videos have other labels now: "
+                       f"{several(changed)}")
 
 
 def check_checkpoint(run, content, path):
-    """Raise BadInput for a checkpoint that this run cannot go on from."""
+    """Raise BadInput for a checkpoint that this run cannot go on from.
+
+    What read_checkpoint() has not checked: all that training needs beside the detector."""
+    where = f"checkpoint {path}"
     mine, theirs = asdict(run.s), content["settings"]
-    if not {*MODULES, *NUMBERS} <= set(content) or set(mine) != set(theirs):
-        raise BadInput(
-            f"checkpoint {path} is not of this version: it lacks or adds settings or parts")
-    stage, epoch = content["stage"], content["epoch"]
-    processes = content.get("processes")
-    if path == run.s.start:
-        if stage not in STAGES[:2] or epoch != theirs[f"{stage}_epochs"]:
-            raise BadInput(f"checkpoint {path} is in stage {stage}, epoch {epoch}, not at the end "
-                           "of stage 1 or 2")
-    elif processes != process_count():
-        raise BadInput(
-            f"checkpoint {path} is of {processes} process(es), not {process_count()}")
-    for name in settings_until(stage):
-        if mine[name] != theirs[name]:
-            raise BadInput(f"checkpoint {path} is of another configuration: its {name} is "
-                           f"{theirs[name]!r}, not {mine[name]!r}")
-    labelled = [video.id for video in run.data.labelled]
-    if content["labelled"] != labelled or content["classes"] != run.data.classes:
-        raise BadInput(f"checkpoint {path} is of other data: its labelled videos or classes are "
-                       f"not those of {run.s.dataset}")
+    if not PARTS <= set(content) or set(mine) != set(theirs):
+        raise BadInput(f"{where} is not of this version: it lacks or adds settings or parts")
+    check_progress(content, run, where)
+    processes = content["processes"]
+    if content["done"] and processes != process_count():
+        raise BadInput(f"{where} is of {processes} process(es), not {process_count()}")
+    if not run.s.start and processes != process_count():
+        raise BadInput(f"{where} is of {processes} process(es), not {process_count()}")
+    for name in settings_until(content["stage"]):
+        if mine[name] != theirs[name] and not (run.s.start and name in TUNED):
+            raise BadInput(f"{where} is of another configuration: its {name} is "
+                           f"{data.shown(theirs[name])}, not {data.shown(mine[name])}")
+    check_data(content, run, where)
+    evaluate.check_weights(content["icd"], run.discriminator.state_dict(), where)
+    for key in ("optimizer", "icd_optimizer"):
+        check_optimizer(content[key], getattr(run, MODULES[key]), where)
 
 
 def restore(run, path):
     """Load a checkpoint, the run's own or that of --start, into a run; raises BadInput."""
     content = evaluate.read_checkpoint(path)
-    check_checkpoint(run, content, path)
     run.optimizer = make_optimizer(run.detector, run.s)
+    check_checkpoint(run, content, path)
     for key, name in MODULES.items():
         getattr(run, name).load_state_dict(content[key])
     for name in NUMBERS:
         setattr(run, name, content[name])
     run.t_plus = run.t_plus.to(run.s.device)
+
+
+# ---- The folder of a run ------------------------------------------------------------------------
+
+def holds_run(folder):
+    """Whether a folder holds a run that a new one would destroy."""
+    return any((Path(folder) / name).exists() for name in ("checkpoint.pt", *RESULTS))
+
+
+def free_folder(folder):
+    """The folder, or that with the next number, which holds no run."""
+    number = 1
+    name = folder
+    while holds_run(name):
+        number += 1
+        name = f"{folder}-{number}"
+    return name
+
+
+def keep_others_out(folder):
+    """The open file that keeps other runs out of a folder until it is closed; raises BadInput."""
+    file = open(folder / ".lock", "a")  # noqa: SIM115, open as long as the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise BadInput(f"another run is writing to {folder}; give another --out") from None
+    for name in ("checkpoint.pt", "config.json", "split.json", "log.jsonl", *RESULTS):
+        for left in folder.glob(f"{name}.*.tmp"):  # of a run that was killed while it wrote
+            left.unlink()
+    return file
 
 
 def log(run, **row):
@@ -373,34 +610,55 @@ def log(run, **row):
     row = {"stage": run.stage, "epoch": run.epoch + 1} | row
     words = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
              for key, value in row.items()]
-    print("  ".join(words), flush=True)
-    data.append_row(run.out / "log.jsonl", row)
-
-
-def clear(run, resumed):
-    """Remove the results that an earlier run left in --out.
-
-    A resumed run keeps the log's rows up to its checkpoint."""
+    say("  ".join(words))
     path = run.out / "log.jsonl"
-    done = STAGES.index(run.stage), run.epoch
-    logged = data.read_rows(path) if resumed else []
-    kept = [row for row in logged if (STAGES.index(row["stage"]), row["epoch"]) <= done]
+    if not run.logged:
+        data.write_rows(path, [])
+        run.logged = True
+    data.append_row(path, row)
+
+
+def take_up_log(run):
+    """Of the log of a resumed run keep the rows up to its checkpoint."""
+    path = run.out / "log.jsonl"
+    kept = []
+    for row in data.read_rows(path):
+        at = STAGES.index(row["stage"]), row["epoch"]
+        whole = at <= (STAGES.index(run.stage), run.epoch)
+        begun = run.done and row["stage"] == run.stage and row.get("step", 0) <= run.step
+        if whole or begun:
+            kept.append(row)
     data.write_rows(path, kept)
-    for name in ("metrics.json", "predictions.json", "pseudo_labels.json"):
-        (run.out / name).unlink(missing_ok=True)
+    run.logged = run.saved = True
+
+
+def note(run, text):
+    """A warning now, and again at the end of the run."""
+    run.data.warnings.append(text)
+    data.warn([text])
+
+
+# ---- Epochs ------------------------------------------------------------------------------------
+
+def is_stopped(run):
+    """Whether a signal has reached this process, or another that shares the batch."""
+    if process_count() == 1:
+        return run.stop.signal > 0
+    asked = data.sum_of_all(torch.tensor(float(run.stop.signal > 0), device=run.s.device))
+    return bool(asked > 0)
 
 
 def epochs(run, stage, count, steps):
     """The epochs of a stage that are still to do; saves the whole run at the end of each.
 
     Every epoch draws from generators seeded by (seed, stage, epoch) alone, so a resumed run goes
-    on exactly as it would have.
+    on exactly as it would have; run.done of its steps may be done already.
     -> yields each epoch's numpy generator"""
     number = STAGES.index(stage)
     if number < STAGES.index(run.stage):
         return
     if stage != run.stage or run.optimizer is None:
-        run.stage, run.epoch, run.step = stage, 0, 0
+        run.stage, run.epoch, run.step, run.done = stage, 0, 0, 0
         run.optimizer = make_optimizer(run.detector, run.s)
     run.total = count * steps
     run.clock = (run.step, time.time())
@@ -411,11 +669,18 @@ def epochs(run, stage, count, steps):
         seed = int(seeds.generate_state(1)[0])
         torch.manual_seed(seed)
         run.generator = torch.Generator().manual_seed(seed)
+        if run.done:
+            set_generators(run)
         run.detector.train()
         run.discriminator.train()
+        run.stop.gently = True
         yield np.random.default_rng(seeds)
         run.epoch += 1
+        run.done = 0
         save(run)
+        run.stop.gently = False
+        if is_stopped(run):
+            raise Stopped
 
 
 # ---- One step -----------------------------------------------------------------------------------
@@ -450,21 +715,36 @@ def average_weights(run):
         average.lerp_(value, 1 - decay)
 
 
-def advance(run, loss, parts):
-    """One optimiser step on `loss`, and a log line with its `parts` every s.log_every steps."""
+def check_finite(run, what, value, ids):
+    """Raise BadInput where the loss or the gradient of a step is NaN or infinite."""
+    if math.isfinite(value):
+        return
+    path = run.out / "checkpoint.pt"
+    advice = "lower --lr"
+    if run.saved:
+        advice = (f"{path} is good: --start {path} --lr {run.s.lr / 10:g} and another --out go on "
+                  "from there")
+    raise BadInput(f"training diverged: the {what} is {value} at step {run.step + 1} of stage "
+                   f"{run.stage} (videos {several(ids)}); {advice}")
+
+
+def advance(run, loss, parts, ids):
+    """One optimiser step on `loss`, and a log line with its `parts` every s.log_every steps.
+
+    ids: of the videos of the step. Raises Stopped, with the run saved, if a signal came."""
     s = run.s
-    if not math.isfinite(loss.item()):
-        raise FloatingPointError(
-            f"the loss is {loss.item()} at step {run.step} of stage {run.stage}")
+    check_finite(run, "loss", loss.item(), ids)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(s, run.step, run.total)
     run.optimizer.zero_grad()
     loss.backward()
     sum_gradients(run.detector)
-    torch.nn.utils.clip_grad_norm_(run.detector.parameters(), s.clip)
+    norm = torch.nn.utils.clip_grad_norm_(run.detector.parameters(), s.clip)
+    check_finite(run, "gradient", norm.item(), ids)
     run.optimizer.step()
     average_weights(run)
     run.step += 1
+    run.done += 1
     run.ema_step += 1
     if run.step % s.log_every == 0 or run.step == run.total:
         first, since = run.clock
@@ -472,6 +752,9 @@ def advance(run, loss, parts):
         parts = {key: float(torch.as_tensor(value).detach()) for key, value in parts.items()}
         log(run, step=run.step, of=run.total, steps_a_second=rate,
             seconds_left=(run.total - run.step) / rate, loss=loss.item(), **parts)
+    if is_stopped(run):
+        save(run)
+        raise Stopped
 
 
 # ---- The losses of a batch ----------------------------------------------------------------------
@@ -621,7 +904,12 @@ def make_pseudo_labels(run):
     compared = compare_all(run, selected)
     refined = {name: icd.refine(record, s.theta_drop, s.theta_mine, s.icd)
                for name, record in compared.items()}
-    return refined, float(np.mean(theta_h)) if theta_h else None
+    theta_h = float(np.mean(theta_h)) if theta_h else None
+    if not any(is_taught(record).any() for record in refined.values()):
+        best = column(detections, "scores").max().item() if theta_h else "under theta_l"
+        note(run, f"no pseudo label: theta_l is {s.theta_l}, theta_h {theta_h}, the best score "
+                  f"{best}; stage 3 learns from the labelled videos alone")
+    return refined, theta_h
 
 
 def log_pseudo_labels(run):
@@ -629,7 +917,8 @@ def log_pseudo_labels(run):
     taught = {name: rows(record, is_taught(record)) for name, record in run.pseudo.items()}
     status = column(run.pseudo, "status").long()
     kept, dropped, mined, candidates = status.bincount(minlength=len(icd.STATUS)).tolist()
-    quality = evaluate.pseudo_label_quality(taught, run.data.hidden) if run.s.audit else {}
+    judged = {name: taught[name] for name in run.data.hidden}
+    quality = evaluate.pseudo_label_quality(judged, run.data.hidden) if run.s.audit else {}
     log(run, positives=kept + dropped, candidates=mined + candidates, dropped=dropped, mined=mined,
         theta_h=run.theta_h, silent=sum(len(r["labels"]) == 0 for r in taught.values()), **quality)
 
@@ -647,11 +936,11 @@ def pretrain(run):
     videos = [data.blind(video) for video in run.data.labelled + run.data.unlabelled]
     steps = steps_of(run, videos)
     for rng in epochs(run, "pretrain", s.pretrain_epochs, steps):
-        for batch in data.training_batches(videos, run.data, s, steps, rng):
+        for batch in data.training_batches(videos, run.data, s, steps, rng, run.done):
             pyramid = evaluate.forward(run.detector.pyramid, batch, s)
             feats = batch["feats"].to(s.device)
             L_acp = acp.acp_loss(pyramid, feats, None, len(run.data.classes), s, run.generator)
-            advance(run, L_acp, {})
+            advance(run, L_acp, {}, batch["ids"])
 
 
 def supervised(run):
@@ -659,12 +948,12 @@ def supervised(run):
     s, videos = run.s, run.data.labelled
     steps = max(steps_of(run, videos), math.ceil(s.supervised_steps / s.supervised_epochs))
     for rng in epochs(run, "supervised", s.supervised_epochs, steps):
-        for batch in data.training_batches(videos, run.data, s, steps, rng):
+        for batch in data.training_batches(videos, run.data, s, steps, rng, run.done):
             sup = batch_losses(run, batch, ground_truth(batch), LABELLED)
             L_icd = 0.0
             if not s.icd_steps or run.step < s.icd_steps:
                 L_icd = train_icd(run, batch)
-            advance(run, objective(sup, None, s), sup | {"icd": L_icd})
+            advance(run, objective(sup, None, s), sup | {"icd": L_icd}, batch["ids"])
 
 
 def joint(run):
@@ -673,25 +962,29 @@ def joint(run):
     labelled, unlabelled = run.data.labelled, run.data.unlabelled
     steps = steps_of(run, unlabelled)
     for rng in epochs(run, "joint", s.joint_epochs, steps):  # saves after each
-        if run.pseudo is None or s.refresh and run.epoch % s.refresh == 0:
+        done = run.done
+        if run.pseudo is None or s.refresh and run.epoch % s.refresh == 0 and not done:
             run.pseudo, run.theta_h = make_pseudo_labels(run)
             run.detector.train()
-        log_pseudo_labels(run)
+        if not done:
+            log_pseudo_labels(run)
 
         taught = [video for video in unlabelled if is_taught(run.pseudo[video.id]).any()]
-        labelled_batches = data.training_batches(labelled, run.data, s, steps, rng)
-        unlabelled_batches = [None] * steps
+        labelled_batches = data.training_batches(labelled, run.data, s, steps, rng, done)
+        unlabelled_batches = [None] * (steps - done)
         if taught:
-            unlabelled_batches = data.training_batches(taught, run.data, s, steps, rng)
+            unlabelled_batches = data.training_batches(taught, run.data, s, steps, rng, done)
         for batch, pseudo_batch in zip(labelled_batches, unlabelled_batches):
             sup = batch_losses(run, batch, ground_truth(batch), LABELLED)
             unsup = None
             parts = sup
+            ids = batch["ids"]
             if pseudo_batch:
                 truth = pseudo_truth(run, pseudo_batch)
                 unsup = batch_losses(run, pseudo_batch, truth, UNLABELLED)
                 parts = sup | {f"unsup_{key}": value for key, value in unsup.items()}
-            advance(run, objective(sup, unsup, s), parts)
+                ids = ids + pseudo_batch["ids"]
+            advance(run, objective(sup, unsup, s), parts, ids)
 
 
 # ---- The report and the command line ------------------------------------------------------------
@@ -707,15 +1000,18 @@ def report(run):
         return
     metrics, predictions = results.pop(s.weights)
     other, (other_metrics, _) = results.popitem()
-    other_average = other_metrics["average_mAP"]
     pseudo = run.pseudo and evaluate.export_pseudo_labels(
         dataset.unlabelled, run.pseudo, dataset.classes, icd.STATUS)
-    whole = metrics | {"weights": s.weights, f"average_mAP_{other}": other_average}
-    data.write_json(run.out / "predictions.json", predictions)
     data.write_json(run.out / "pseudo_labels.json", pseudo or {}, indent=1)
+    data.write_json(run.out / "predictions.json", predictions)
+    if metrics is None:
+        say(f"{run.out}: no annotated test video, so no mAP; see predictions.json")
+        return
+    other_average = other_metrics["average_mAP"]
+    whole = metrics | {"weights": s.weights, f"average_mAP_{other}": other_average}
     data.write_json(run.out / "metrics.json", whole, indent=1)
-    print(evaluate.table(metrics, f"{run.out} ({s.weights} weights)"))
-    print(f"average with the {other} weights: {100 * other_average:.2f}")
+    say(evaluate.table(metrics, f"{run.out} ({s.weights} weights)"))
+    say(f"average with the {other} weights: {100 * other_average:.2f}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -726,25 +1022,50 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; --help lists every setting")
 
 
-def parse_settings(argv):
-    """The Settings of a command line: defaults, changed by the preset, changed by the arguments."""
+def read_arguments(argv):
+    """{name of a setting: value} of a command line."""
     parser = Parser(
         description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
         epilog="The defaults are those of the paper; --dataset changes some (PRESETS in train.py).")
     for f in fields(Settings):
         flag = "--" + f.name.replace("_", "-")
-        comment = f"{f.metadata['comment']} (default {f.default})"
+        comment = f"{f.metadata['comment']} (default {f.default})".replace("%", "%%")
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         parser.add_argument(flag, help=comment, **kind)
-    given = vars(parser.parse_args(argv))
+    return vars(parser.parse_args(argv))
+
+
+def settings_of(folder):
+    """The settings {name: value} of the run in a folder, which goes on; raises BadInput."""
+    content = evaluate.read_checkpoint(folder)
+    s = evaluate.check_settings(content["settings"], Settings, f"checkpoint in {folder}")
+    return asdict(s) | {"out": folder, "start": "", "overwrite": False, "check": False}
+
+
+def parse_settings(argv):
+    """The Settings of a command line.
+
+    Defaults, changed by the preset, or those of the run to resume, changed by the arguments."""
+    given = read_arguments(argv)
     dataset = given.get("dataset", "toy")
     if dataset not in PRESETS and not dataset.endswith(".json"):
         raise BadInput("--dataset must be an annotation file *.json or one of "
-                       f"{', '.join(PRESETS)}, not {dataset!r}")
-    given = {"out": f"runs/{Path(dataset).stem}"} | PRESETS.get(dataset, OWN) | given
+                       f"{', '.join(PRESETS)}, not {data.shown(dataset)}")
+    if given.get("resume"):
+        elsewhere = Path(given.get("out", given["resume"])) != Path(given["resume"])
+        if elsewhere or given.get("start") or given.get("overwrite"):
+            raise BadInput("--resume goes on in its own folder: another --out, --start and "
+                           "--overwrite do not go with it")
+        base = settings_of(given["resume"])
+    else:
+        folder = f"runs/{Path(dataset).stem}"
+        if not given.get("overwrite"):
+            folder = free_folder(folder)
+        base = {"out": folder} | PRESETS.get(dataset, OWN)
+    given = base | given
     # Whole paths, so that the checkpoint finds the files from anywhere.
-    for name in ("dataset", "root", "annotations", "features", "split"):
-        if given.get(name) and given[name] not in (*PRESETS, "uniform", "stratified"):
+    for name in data.PLACES:
+        if given.get(name) and given[name] not in (*PRESETS, *data.SPLITS):
             given[name] = str(Path(given[name]).resolve())
     given["device"] = evaluate.pick_device(given.get("device", "auto"))
     if given.get("precision", "auto") == "auto":
@@ -752,57 +1073,92 @@ def parse_settings(argv):
     return Settings(**given)
 
 
-def describe(run):
-    """Print what the run is about to do, and write its configuration and split."""
-    s, dataset = run.s, run.data
-    labelled = [video.id for video in dataset.labelled]
-    unlabelled = [video.id for video in dataset.unlabelled]
-    split = {"labelled": labelled, "unlabelled": unlabelled, "missing_classes": dataset.missing}
-    data.write_json(run.out / "config.json", asdict(s), indent=1)
-    data.write_json(run.out / "split.json", split, indent=1)
-    missing = ", ".join(dataset.missing) or "-"
-    print(f"{len(labelled)} labelled, {len(unlabelled)} unlabelled, {len(dataset.test)} test "
-          f"videos; {len(dataset.classes)} classes, {len(dataset.missing)} without a labelled "
-          f"instance: {missing}; {s.device}, {s.precision}, {process_count()} process(es)")
+def check_folder(s):
+    """Raise BadInput where a new run would destroy one, or cannot have its folder."""
+    if not s.resume and not s.overwrite and holds_run(s.out):
+        raise BadInput(f"{s.out} holds a run: --resume {s.out} goes on with it, --overwrite begins "
+                       "anew, another --out keeps it")
+    if Path(s.out).exists() and not Path(s.out).is_dir():
+        raise BadInput(f"--out {s.out} is no folder")
 
 
 def launch(s):
     """The Run that the settings ask for: new, resumed, or begun at stage 2 or 3; raises BadInput.
 
-    The first process makes its folder."""
+    The first process says what it has taken, and makes its folder."""
+    check_folder(s)
     dataset = data.load_dataset(s)
-    if s.stage == "all" and not dataset.unlabelled:
+    if data.is_first():
+        lines = data.describe(dataset, s)
+        lines.append(f"{s.device}, {s.precision}, {process_count()} process(es)")
+        say("\n".join(lines))
+    data.warn(dataset.warnings)
+    if s.stage == "all" and not dataset.unlabelled and not s.check:
         raise BadInput(f"--ratio {s.ratio} leaves no unlabelled video for stage 3; "
                        "--stage supervised needs none")
     run = begin(s, dataset)
-    path = run.out / "checkpoint.pt"
-    resumed = s.resume and path.exists()
-    if resumed:
-        restore(run, path)
+    if s.resume:
+        restore(run, run.out / "checkpoint.pt")
     elif s.start:
         restore(run, s.start)
-    if data.is_first():
+    if data.is_first() and not s.check:
         run.out.mkdir(parents=True, exist_ok=True)
-        clear(run, resumed)
-        describe(run)
+        run.lock = keep_others_out(run.out)
+        if s.resume:
+            take_up_log(run)
+            write_configuration(run)
     return run
 
 
+def train(run):
+    """The stages that the settings ask for, and the report."""
+    pretrain(run)
+    if run.s.stage == "pretrain":
+        return
+    supervised(run)
+    if run.s.stage == "all":
+        joint(run)
+    if run.data.test:
+        report(run)
+    data.warn(run.data.warnings)
+
+
+def how_to_go_on(run):
+    """What to do after an interruption, in words."""
+    if run is None or not (run.out / "checkpoint.pt").exists():
+        return "nothing was trained yet"
+    return f"python train.py --resume {run.out} goes on"
+
+
 def main(argv=None):
-    """The command line; returns the exit code, 2 for bad input."""
+    """The command line; returns the exit code.
+
+    2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
+    stop = Stop()
+    before = on_signals(stop)
+    run = None
     try:
         s = parse_settings(argv)
         data.join_processes(s.device)
         run = launch(s)
-        pretrain(run)
-        if s.stage != "pretrain":
-            supervised(run)
-            if s.stage == "all":
-                joint(run)
-            report(run)
+        run.stop = stop
+        if not s.check:
+            train(run)
+    except Stopped:
+        name = signal.Signals(stop.signal).name
+        data.complain(f"stopped by {name}; {how_to_go_on(run)}")
+        return 128 + stop.signal
     except (BadInput, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        data.complain(error)
         return 2
+    except (MemoryError, torch.OutOfMemoryError):
+        data.complain(f"the memory is too small: lower --batch or --max-steps; {how_to_go_on(run)}")
+        return 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if run and run.lock:
+            run.lock.close()
     # Not after an error: other processes may be waiting for this one, and torchrun ends them.
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -227,7 +227,7 @@ def step_row(device, precision, T, repeat):
         def one_step():
             sup = train.batch_losses(run, batch, train.ground_truth(batch), train.LABELLED)
             train.train_icd(run, batch)
-            train.advance(run, train.objective(sup, None, run.s), {})
+            train.advance(run, train.objective(sup, None, run.s), {}, batch["ids"])
 
         found = against_product(one_step, device, precision, repeat)
     return {"part": "step", "size": f"2 x {T}, {precision}"} | found

@@ -144,6 +144,7 @@ PROBES = {
 MATCHES = ("precision", "recall")
 QUALITY = ("positive_accuracy", "class_accuracy", "mean_tIoU", *MATCHES)
 PROBE_STEPS = 30_000  # that fit, and that test, the probe, drawn at random where there are more
+OF_DATA = (*data.PLACES, "prefix", "extension", "feature_key", "missing", "test_subset")
 OURS = ("--seed", "--out", "--stage", "--start", "--resume", "--audit")  # what rows set themselves
 
 
@@ -158,7 +159,7 @@ def minutes_of(folder):
 
 def folder_of(s, stage, runs):
     """The folder of a run that ends with `stage`: its name says what the stage depends on."""
-    names = [*train.settings_until("joint" if stage == "all" else stage), "weights"]
+    names = [*train.settings_until("joint" if stage == "all" else stage), "weights", *OF_DATA]
     depends = {name: getattr(s, name) for name in names}
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode())
     for path in (s.dataset, s.annotations, s.split):
@@ -198,7 +199,10 @@ def reach(options, stage, runs):
     if (folder / "log.jsonl").exists():
         minutes = None
     began = time.time()
-    code = train.main([*argv, *start, "--out", str(folder), "--resume", "--audit"])
+    where = ["--out", str(folder), "--overwrite", *start]
+    if (folder / "checkpoint.pt").exists():
+        where = ["--resume", str(folder)]
+    code = train.main([*argv, *where, "--audit"])
     if code:
         raise SystemExit(code)
     if minutes is not None:
@@ -232,7 +236,7 @@ def read_run(folder):
     path = folder / "checkpoint.pt"
     checkpoint = evaluate.read_checkpoint(path)
     s, d = read_data(checkpoint)
-    detector = evaluate.load_detector(checkpoint, path, s, d.dim)
+    detector = evaluate.load_detector(checkpoint, s, s.weights)
     return s, d, detector.to(s.device).eval()
 
 
@@ -653,7 +657,7 @@ def parse(argv):
 
 def command_of(options, seed, splits):
     """The options of every row for a seed."""
-    split = ["--split", splits[seed]] if seed < len(splits) else []
+    split = ["--ratio", "0", "--split", splits[seed]] if seed < len(splits) else []
     return [*options, "--seed", str(seed), *split]
 
 
@@ -676,7 +680,7 @@ def main(argv=None):
     try:
         make_tables(*parse(argv))
     except (data.BadInput, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        data.complain(error)
         return 2
     except SystemExit as stop:  # a run that has said why
         return stop.code

@@ -109,6 +109,7 @@ def test_predictions_of_a_class_that_the_subset_lacks_count_nowhere(own, capsys)
     assert evaluated(*argv) == 0
     assert set(read_result(own / "out.json")["ap"]) == {"A"}
     edit(own, nothing)
+    capsys.readouterr()
     refused(["evaluate", *argv], capsys, "own.json", "no instance")
     refused(own_argv(own), capsys, "own.json", "no instance")
 

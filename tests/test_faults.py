@@ -145,11 +145,11 @@ def test_bad_split_files(own, capsys):
     def refuses(name, content, *words):
         if content is not None:
             (own / name).write_text(content)
-        refused(own_argv(own, "--split", own / name), capsys, name, *words)
+        refused(own_argv(own, "--split", own / name, "--ratio", 0), capsys, name, *words)
 
     refuses("nested.json", '{"labelled": [["v1"]]}')
     refuses("none.txt", None, "split file not found")
-    refuses("bad.txt", "v1 v99", "v99")
+    refuses("bad.txt", "v1\nv99\nv98", "v99", "2 of 3 ids")
     refuses("empty.json", '{"labelled": []}', "no labelled video")
     assert not (own / "run").exists()
 
@@ -174,14 +174,14 @@ def test_bad_checkpoints(own, capsys):
     capsys.readouterr()
     checkpoint = own / "run/checkpoint.pt"
     whole = checkpoint.read_bytes()
-    argv = own_argv(own, "--resume", "--channels", 32)
-    refused(argv, capsys, "another configuration", "channels", "16", "32")
-    refused(own_argv(own, "--start", own / "none.pt"), capsys, "none.pt")
+    resumed = ["--resume", own / "run"]
+    refused([*resumed, "--channels", 32], capsys, "another configuration", "channels", "16", "32")
+    refused(own_argv(own, "--start", own / "none.pt", "--out", own / "new"), capsys, "none.pt")
     content = torch.load(checkpoint, weights_only=True)
     for part, key in ((content, "theta_h"), (content["settings"], "acp_tau")):
         part.pop(key)
         torch.save(content, own / "old.pt")
-        argv = own_argv(own, "--start", own / "old.pt")
+        argv = own_argv(own, "--start", own / "old.pt", "--out", own / "new")
         refused(argv, capsys, "old.pt", "not of this version")
 
     def new_label(database):
@@ -192,7 +192,7 @@ def test_bad_checkpoints(own, capsys):
     edit(own, new_label)
     refused(evaluating, capsys, "v12", "'new'", "unknown")
     checkpoint.write_bytes(whole[:1000])
-    refused(own_argv(own, "--resume"), capsys, "checkpoint.pt", "cannot be read")
+    refused(resumed, capsys, "checkpoint.pt", "cannot be read")
     refused(evaluating, capsys, "checkpoint.pt", "cannot be read")
     for content in (b"", b"\x80\x02}", b"text"):
         checkpoint.write_bytes(content)
@@ -218,13 +218,16 @@ def test_evaluation_refuses_checkpoints_of_another_version_or_other_data(own, ca
     refuses({"settings": wrong}, "setting pre_nms must be of type int", "'many'")
     narrow = whole["settings"] | {"channels": 8}
     refuses({"settings": narrow}, "changed.pt", "not of this version")
-    refuses({"mean": torch.zeros(4), "std": torch.ones(4)}, "is 5 wide", "4")
+    refuses({"mean": torch.zeros(4), "std": torch.ones(4)}, "not of this version", "5]", "4]")
+    for name in ("v10", "v11", "v12", "v13"):
+        np.save(own / f"features/{name}.npy", np.zeros((64, 4)))
+    torch.save(whole, path)
+    refused(["evaluate", "--checkpoint", path], capsys, "is 4 wide", "5", "4 videos")
 
 
 @pytest.mark.parametrize(("content", "words"), [
     ("{", ["JSON"]),
     ("[]", ["results"]),
-    ({"v10": [{"label": "C", "score": 1, "segment": [1, 2]}]}, ["v10", "'C'"]),
     ({"v10": [{"label": "A", "score": float("nan"), "segment": [1, 2]}]}, ["v10", "nan"]),
     ({"v10": [{"label": "A", "segment": [1, 2]}]}, ["v10"]),
     ({"v10": 3}, ["v10", "3"]),
