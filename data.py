@@ -957,20 +957,24 @@ def label_video(video, a, classes):
 
 @dataclass
 class Dataset:
-    """Everything that a run reads."""
+    """Everything that a run reads. Evaluation alone has no training videos."""
     classes: list  # names
-    labelled: list  # LabelledVideo
-    unlabelled: list  # Video
     test: list  # Video
     ground_truth: dict  # {id: Annotation} of the annotated test videos, for evaluation only
-    hidden: dict  # {id: LabelledVideo} of the unlabelled ones, filled for --audit alone
-    dim: int  # D
     mean: torch.Tensor  # (D,), with std: standardises the input
     std: torch.Tensor
-    missing: list  # classes without a labelled instance
+    labelled: list = field(default_factory=list)  # LabelledVideo
+    unlabelled: list = field(default_factory=list)  # Video
+    hidden: dict = field(default_factory=dict)  # {id: LabelledVideo} of the unlabelled, for --audit
+    missing: list = field(default_factory=list)  # classes without a labelled instance
     fingerprint: dict = field(default_factory=dict)  # {id: [T, mean, spread]} of training features
     ignored: list = field(default_factory=list)  # what was not taken, in words
     warnings: list = field(default_factory=list)  # what is odd, in words
+
+    @property
+    def dim(self):
+        """The width D of the features."""
+        return len(self.mean)
 
 
 @dataclass
@@ -1038,8 +1042,9 @@ def check_subset(path, annotations, subset, flag):
     """The annotations {id: Annotation} of a subset; raises BadInput if there is none."""
     found = in_subset(annotations, subset)
     if not found:
-        raise BadInput(f"annotation file {path} has no video of the subset {subset!r} ({flag}), "
-                       f"only of {subsets_of(annotations)}")
+        without = "; none: no test" if flag == "--test-subset" else ""
+        raise BadInput(f"annotation file {path} has no video of the subset {shown(subset)} ({flag}"
+                       f"{without}), only of {subsets_of(annotations)}")
     return found
 
 
@@ -1243,13 +1248,47 @@ def check_known(path, test, classes):
     refuse(faults)
 
 
-def truth_of(path, test, s):
+def truth_of(path, chosen, s):
     """The annotated test videos {id: Annotation}; raises BadInput if they hold no instance."""
-    truth = {name: a for name, a in test.items() if a.annotated}
+    truth = {name: a for name, a in chosen.test.items() if a.annotated}
     if truth and not any(a.labels for a in truth.values()):
         raise BadInput(f"annotation file {path}: the subset {s.test_subset!r} holds no instance to "
                        "evaluate on")
+    bare = len(chosen.test) - len(truth)
+    if bare:
+        chosen.warnings.append(f"{bare} of {len(chosen.test)} test videos have no annotations: "
+                               "they are predicted, but not in the mAP")
     return truth
+
+
+def fingerprint_of(sums):
+    """[T, mean, spread] of a video's features: what changes when they do."""
+    steps, mean, spread = sums
+    return [steps, float(mean.mean()), float(spread.sum())]
+
+
+def training_part(chosen, names, videos, sums, s):
+    """The fields of a Dataset that training reads; `names` are the labelled videos."""
+    train = chosen.annotated | chosen.bare
+    classes = class_names(chosen.everything().values())
+
+    def label(names):
+        return {name: label_video(videos[name], train[name], classes) for name in names}
+
+    labelled = list(label(names).values())
+    present = {classes[number] for video in labelled for number in video.labels}
+    unlabelled = sorted(train.keys() - set(names))
+    mean, std = statistics([sums[name] for name in train], s.standardize)
+    return {
+        "classes": classes,
+        "labelled": labelled,
+        "unlabelled": [videos[name] for name in unlabelled],
+        "hidden": label(chosen.annotated.keys() - set(names)) if s.audit else {},
+        "mean": mean,
+        "std": std,
+        "missing": [name for name in classes if name not in present],
+        "fingerprint": {name: fingerprint_of(sums[name]) for name in [*names, *unlabelled]},
+    }
 
 
 def load_dataset(s, trained=None):
@@ -1259,42 +1298,29 @@ def load_dataset(s, trained=None):
     path, annotations, sources = read_dataset(s)
     chosen = choose_videos(path, annotations, sources, s, trained)
     drop_missing(chosen, sources, s)
-    everything = chosen.everything()
-    truth = truth_of(path, chosen.test, s)
+    truth = truth_of(path, chosen, s)
+    names = []
     if trained:
-        classes, mean, std = trained["classes"], trained["mean"], trained["std"]
-        check_known(path, chosen.test, classes)
-        videos, sums = open_videos(everything, sources, s, path, len(mean))
-        names = []
+        check_known(path, chosen.test, trained["classes"])
     else:
-        classes = class_names(everything.values())
         ratio = s.ratio or (1.0 if chosen.bare else 0.1)
         names = split_videos(chosen.annotated, ratio, s.split, s.seed)
-        videos, sums = open_videos(everything, sources, s, path, None)
-        train = chosen.annotated | chosen.bare
-        mean, std = statistics([sums[name] for name in train], s.standardize)
-    warnings = chosen.warnings + check_spans(videos, everything, s)
-    unknown = len(chosen.test) - len(truth)
-    if unknown:
-        warnings.append(f"{unknown} of {len(chosen.test)} test videos have no annotations: they "
-                        "are predicted, but not in the mAP")
-
-    def label(names):
-        return {name: label_video(videos[name], chosen.annotated[name], classes) for name in names}
-
-    unseen = sorted((chosen.annotated.keys() | chosen.bare.keys()) - set(names))
-    hidden = label(chosen.annotated.keys() - set(names)) if s.audit else {}
-    labelled = list(label(names).values())
-    present = {classes[number] for video in labelled for number in video.labels}
-    missing = [name for name in classes if name not in present]
+    everything = chosen.everything()
+    dim = len(trained["mean"]) if trained else None
+    videos, sums = open_videos(everything, sources, s, path, dim)
+    chosen.warnings += check_spans(videos, everything, s)
+    part = {key: trained[key] for key in ("classes", "mean", "std")} if trained else training_part(
+        chosen, names, videos, sums, s)
+    dataset = Dataset(
+        test=[videos[name] for name in sorted(chosen.test)],
+        ground_truth=truth,
+        ignored=chosen.ignored,
+        warnings=chosen.warnings,
+        **part)
     if not trained:
-        warnings += check_labelled(labelled, path) + check_classes(classes, missing)
-    fingerprint = {name: [sums[name][0], float(sums[name][1].mean()), float(sums[name][2].sum())]
-                   for name in [*names, *unseen]}
-    return Dataset(
-        classes, labelled, [videos[name] for name in unseen],
-        [videos[name] for name in sorted(chosen.test)], truth, hidden, len(mean), mean, std,
-        missing, fingerprint, chosen.ignored, warnings)
+        dataset.warnings += check_labelled(dataset.labelled, path)
+        dataset.warnings += check_classes(dataset.classes, dataset.missing)
+    return dataset
 
 
 def percent(count, whole):
@@ -1322,8 +1348,8 @@ def describe(dataset, s):
     shares = []
     for low, high in s.levels()[1]:
         inside = int(((half >= low) & (half <= high)).sum())
-        shares.append(f"{low:g}-{high:g} {percent(inside, instances)}")
-    lines.append(f"segments by half their length in steps, a level each: {', '.join(shares)}")
+        shares.append(f"{low:g}-{high:g} {percent(inside, instances)}".replace("-inf", "+"))
+    lines.append(f"half a segment's steps, a level each: {', '.join(shares)}")
     return lines
 
 

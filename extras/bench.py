@@ -179,14 +179,10 @@ def random_dataset(lengths, test_lengths=()):
     return data.Dataset(
         classes=[str(number) for number in range(20)],
         labelled=labelled,
-        unlabelled=[],
         test=[data.blind(video) for video in test],
         ground_truth={},
-        hidden={},
-        dim=2048,
         mean=torch.zeros(2048),
         std=torch.ones(2048),
-        missing=[],
     )
 
 
