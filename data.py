@@ -104,6 +104,7 @@ RANGES = {
     "a share below 1": (0, 0.999),
     "finite": (-1e12, 1e12),
     "from 0 to 64": (0, 64),
+    "from 0 to 8192": (0, 8192),
     "from 1 to 8192": (1, 8192),
     "from 0 to a million": (0, MILLION),
     "from 1 to a million": (1, MILLION),
@@ -183,7 +184,7 @@ class DataSettings(CheckedSettings):
     bad_segments: str = setting(
         "error", "what a segment that is empty or outside its video does", ("error", "skip"))
     resize: int = setting(
-        0, "resize every video to this number of steps; 0: keep its length", "from 0 to a million")
+        0, "resize every video to this number of steps; 0: keep its length", "from 0 to 8192")
     standardize: bool = setting(True, "standardise the input over all training videos [J]")
     ratio: float = setting(
         0.0,
@@ -249,11 +250,11 @@ def read_text(path, what):
 
 def without_repeated_keys(pairs):
     """A dict of the pairs of a JSON object; raises ValueError for a key that comes twice."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {short(twice)} comes twice")
+    content = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key {short(key)} comes twice")
+        content[key] = value
     return content
 
 
@@ -324,7 +325,7 @@ def read_rows(path):
             found.append(json.loads(line))
         except ValueError:
             break
-    return found
+    return [row for row in found if isinstance(row, dict)]
 
 
 # ---- Processes that share a batch ---------------------------------------------------------------
@@ -1021,9 +1022,10 @@ def feature_file(folder, name, s):
 def feature_ids(folder, s):
     """{id: file} of the feature files in a folder and its sub-folders."""
     found = {}
-    for file in sorted(Path(folder).rglob("*")):
-        if file.name.startswith(s.prefix) and file.name.endswith(s.extension):
-            name = file.name[len(s.prefix):len(file.name) - len(s.extension)]
+    for file in sorted(Path(folder).rglob(f"*{s.extension}")):
+        name = file.name.removesuffix(s.extension)
+        if name.startswith(s.prefix) and name != s.prefix:
+            name = name.removeprefix(s.prefix)
             found[file.relative_to(folder).with_name(name).as_posix()] = file
     return found
 
@@ -1048,6 +1050,11 @@ def check_subset(path, annotations, subset, flag):
     return found
 
 
+def unknown_video(subset, duration, fps):
+    """The Annotation of a video of which nothing more is known, or may be read."""
+    return Annotation(subset, duration, fps, np.zeros((0, 2)), [], annotated=False)
+
+
 def choose_training(path, annotations, s):
     """(annotated, bare) training videos {id: Annotation}; raises BadInput without an annotated.
 
@@ -1064,9 +1071,28 @@ def choose_training(path, annotations, s):
     if s.unlabelled_subset:
         more = check_subset(path, annotations, s.unlabelled_subset, "--unlabelled-subset")
         for name in more.keys() - annotated.keys():
-            bare[name] = Annotation(s.unlabelled_subset, more[name].duration, more[name].fps,
-                                    np.zeros((0, 2)), [], annotated=False)
+            bare[name] = unknown_video(s.unlabelled_subset, more[name].duration, more[name].fps)
     return annotated, bare
+
+
+def take_files_without_entry(chosen, annotations, sources, s):
+    """Add the feature files without an entry to the Chosen, or say that they are ignored.
+
+    Their sources are added as well. Raises BadInput where --unlabelled-features has none."""
+    folder = s.unlabelled_features or locate(s)[1]
+    loose = {name: file for name, file in feature_ids(folder, s).items() if name not in annotations}
+    if loose and not s.unlabelled_features:
+        chosen.ignored.append(f"{len(loose)} feature files without an entry: {several(loose, 2)} "
+                              "(--unlabelled-features takes them)")
+        return
+    if s.unlabelled_features and not loose:
+        raise BadInput(f"--unlabelled-features {short(folder, 150)} holds no file {s.prefix}<id>"
+                       f"{s.extension} without an annotation entry")
+    rates = {a.fps for a in annotations.values()}
+    fps = rates.pop() if len(rates) == 1 else None
+    for name, file in loose.items():
+        sources[name] = file
+        chosen.bare[name] = unknown_video("", None, fps)
 
 
 def choose_videos(path, annotations, sources, s, trained):
@@ -1081,34 +1107,18 @@ def choose_videos(path, annotations, sources, s, trained):
     if overlap:
         chosen.warnings.append(f"{len(overlap)} test videos are training videos too: the mAP says "
                                "nothing of new ones")
-    if s.dataset == "toy":
-        return chosen
-    known = set(annotations)
-    _, folder = locate(s)
-    extra = s.unlabelled_features
-    loose = {name: file for name, file in feature_ids(extra or folder, s).items()
-             if name not in known}
-    if extra:
-        if not loose:
-            raise BadInput(f"--unlabelled-features {extra} holds no file {s.prefix}<id>"
-                           f"{s.extension} without an annotation entry")
-        rates = {a.fps for a in annotations.values()}
-        fps = rates.pop() if len(rates) == 1 else None
-        for name, file in loose.items():
-            sources[name] = file
-            chosen.bare[name] = Annotation(
-                "", None, fps, np.zeros((0, 2)), [], annotated=False)
-    elif loose:
-        chosen.ignored.append(f"{len(loose)} feature files without an entry: {several(loose, 2)} "
-                              "(--unlabelled-features takes them)")
     other = {name: a for name, a in annotations.items() if name not in chosen.everything()}
     if other:
         chosen.ignored.append(f"{len(other)} entries of other subsets: {subsets_of(other)}")
+    if s.dataset != "toy":
+        take_files_without_entry(chosen, annotations, sources, s)
     return chosen
 
 
 def hint_at_files(folder, name, s):
     """What the files of a folder are called that hold a missing one's id, in words; else ""."""
+    if not Path(folder).is_dir():
+        return f"; there is no folder {short(folder, 100)}"
     stem = Path(name).name
     for file in sorted(Path(folder).glob("*"))[:100_000]:
         bare = file.name.removesuffix(file.suffix)

@@ -107,7 +107,7 @@ def pick_device(name):
                            f"own, cuda, and {torch.cuda.device_count()} are here")
         torch.cuda.set_device(rank)
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {name} cannot be used here: {reason}") from None

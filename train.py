@@ -287,6 +287,10 @@ class Stopped(Exception):
     """A signal has stopped the run."""
 
 
+class Diverged(BadInput):
+    """The loss or a gradient is no number any more."""
+
+
 def on_signals(stop):
     """Let Ctrl-C and SIGTERM fill a Stop -> what they did before, {signal: handler}.
 
@@ -622,9 +626,9 @@ def take_up_log(run):
     """Of the log of a resumed run keep the rows up to its checkpoint."""
     path = run.out / "log.jsonl"
     kept = []
+    reached = STAGES.index(run.stage), run.epoch
     for row in data.read_rows(path):
-        at = STAGES.index(row["stage"]), row["epoch"]
-        whole = at <= (STAGES.index(run.stage), run.epoch)
+        whole = (STAGES.index(row["stage"]), row["epoch"]) <= reached
         begun = run.done and row["stage"] == run.stage and row.get("step", 0) <= run.step
         if whole or begun:
             kept.append(row)
@@ -716,15 +720,14 @@ def average_weights(run):
 
 
 def check_finite(run, what, value, ids):
-    """Raise BadInput where the loss or the gradient of a step is NaN or infinite."""
+    """Raise Diverged where the loss or the gradient of a step is NaN or infinite."""
     if math.isfinite(value):
         return
     path = run.out / "checkpoint.pt"
     advice = "lower --lr"
     if run.saved:
-        advice = (f"{path} is good: --start {path} --lr {run.s.lr / 10:g} and another --out go on "
-                  "from there")
-    raise BadInput(f"training diverged: the {what} is {value} at step {run.step + 1} of stage "
+        advice = f"go on from what is good by --start {path} --lr {run.s.lr / 10:g} --out ANOTHER"
+    raise Diverged(f"training diverged: the {what} is {value} at step {run.step + 1} of stage "
                    f"{run.stage} (videos {several(ids)}); {advice}")
 
 
@@ -1125,8 +1128,8 @@ def train(run):
 
 def how_to_go_on(run):
     """What to do after an interruption, in words."""
-    if run is None or not (run.out / "checkpoint.pt").exists():
-        return "nothing was trained yet"
+    if run is None or not run.saved:
+        return "nothing was saved yet"
     return f"python train.py --resume {run.out} goes on"
 
 
@@ -1145,13 +1148,18 @@ def main(argv=None):
         if not s.check:
             train(run)
     except Stopped:
-        name = signal.Signals(stop.signal).name
-        data.complain(f"stopped by {name}; {how_to_go_on(run)}")
+        if data.is_first():
+            name = signal.Signals(stop.signal).name
+            data.complain(f"stopped by {name}; {how_to_go_on(run)}")
         return 128 + stop.signal
     except (BadInput, OSError) as error:
+        if run and run.saved and not isinstance(error, Diverged):
+            error = f"{error}; {how_to_go_on(run)}"
         data.complain(error)
         return 2
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         data.complain(f"the memory is too small: lower --batch or --max-steps; {how_to_go_on(run)}")
         return 2
     finally:
