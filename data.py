@@ -297,10 +297,14 @@ def write_atomically(path, write):
         raise BadInput(f"{path} cannot be written: {reason}") from None
 
 
+def write_text(path, text):
+    """Write a text file atomically."""
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+
+
 def write_json(path, content, indent=None):
     """Write JSON atomically."""
-    text = json.dumps(content, indent=indent)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, json.dumps(content, indent=indent))
 
 
 def append_row(path, row):
@@ -311,8 +315,7 @@ def append_row(path, row):
 
 def write_rows(path, content):
     """Write a log of JSON lines anew, atomically."""
-    text = "".join(json.dumps(row) + "\n" for row in content)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, "".join(json.dumps(row) + "\n" for row in content))
 
 
 def read_rows(path):

@@ -1,12 +1,15 @@
 """Detection with the joint score, and mAP exactly as the ActivityNet toolkit computes it.
 
-    python evaluate.py --checkpoint runs/hapt/checkpoint.pt
+    python evaluate.py --checkpoint runs/hapt                           mAP on its test videos
+    python evaluate.py --checkpoint runs/hapt --features new.npy        what happens in a new video
     python evaluate.py --pred pred.json --gt gt.json --subset test --tiou 0.3:0.7:0.1
 
 Evaluating changes nothing: no checkpoint is written, no epoch is chosen. Only detections of equal
 score may be ranked otherwise than in the toolkit, whose sort is not stable.
 """
 import argparse
+import csv
+import io
 import math
 import os
 import sys
@@ -19,7 +22,9 @@ import torch.nn.functional as F
 
 from alqa import joint_score
 from data import (
+    MILLION,
     PLACES,
+    READERS,
     BadInput,
     DataSettings,
     ahead,
@@ -32,6 +37,7 @@ from data import (
     load_item,
     of_run,
     open_zip,
+    place_video,
     read_annotations,
     read_predictions,
     rows,
@@ -42,9 +48,12 @@ from data import (
     short,
     shown,
     subsets_of,
+    sum_features,
+    unknown_video,
     warn,
     without_labels,
     write_json,
+    write_text,
 )
 from model import Detector, DetectorSettings, decode, soft_nms, tiou
 
@@ -440,15 +449,15 @@ def check_standard(content, where):
     for name in ("mean", "std"):
         x = content[name]
         good = isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.ndim == 1
-        if not good or len(x) == 0 or not x.isfinite().all():
+        if not good or not 0 < len(x) < MILLION or not x.isfinite().all():
             raise BadInput(f"{where} is not usable: its {name} is no row of finite numbers")
     if content["mean"].shape != content["std"].shape or not (content["std"] > 0).all():
         raise BadInput(f"{where} is not usable: its std is 0 somewhere, or its mean of another "
                        "width")
 
 
-CHECKPOINT = {
-    "settings", "classes", "mean", "std", "labelled", "detector", "ema", "stage", "epoch"}
+CHECKPOINT = {"settings", "classes", "mean", "std", "fps"}  # and the weights, raw, averaged or both
+WEIGHTS = {"raw": "detector", "ema": "ema"}
 
 
 def read_checkpoint(path):
@@ -456,11 +465,12 @@ def read_checkpoint(path):
 
     Read without executing anything, and checked before anything is built from it: the archive's
     checksums, the settings' types and ranges, the weights' names, shapes, dtypes and numbers.
-    path  the file, or the folder of its run
+    path  the file, checkpoint.pt or detector.pt, or the folder of its run
     Raises BadInput."""
     path = Path(path)
     if path.is_dir():
-        path = path / "checkpoint.pt"
+        whole, small = path / "checkpoint.pt", path / "detector.pt"
+        path = small if small.exists() and not whole.exists() else whole
     where = f"checkpoint {path}"
     open_zip(path, "checkpoint")
     try:
@@ -470,27 +480,164 @@ def read_checkpoint(path):
     if not isinstance(content, dict) or not CHECKPOINT <= set(content):
         raise BadInput(f"{where} cannot be read: it is not of train.py, or of another version")
     s = check_settings(content["settings"], DetectionSettings, where)
-    for name in ("classes", "labelled"):
-        if not is_names(content[name]):
-            raise BadInput(f"{where} is not usable: its {name} are no list of names")
+    if not is_names(content["classes"]):
+        raise BadInput(f"{where} is not usable: its classes are no list of names")
+    fps = content["fps"]
+    if fps is not None and not (isinstance(fps, float) and 0 < fps < MILLION):
+        raise BadInput(f"{where} is not usable: its fps is {shown(fps)}")
     check_standard(content, where)
     with torch.device("meta"):  # the shapes, without the memory
         shape = Detector(len(content["mean"]), len(content["classes"]), s).state_dict()
-    for part in ("detector", "ema"):
+    parts = [part for part in WEIGHTS.values() if part in content]
+    if not parts:
+        raise BadInput(f"{where} is not of this version: it has no weights")
+    for part in parts:
         check_weights(content[part], shape, where)
     return content
 
 
-def load_detector(content, s, weights):
-    """The Detector of a checkpoint that read_checkpoint() has read, with its settings.
+def load_detector(content, s):
+    """The Detector of a checkpoint that read_checkpoint() has read, on the settings' device.
 
-    weights: "raw", or "ema" for the averaged ones."""
+    s: its settings, whose `weights` choose the raw or the averaged ones. Raises BadInput where the
+    checkpoint has the others alone."""
+    part = WEIGHTS[s.weights]
+    if part not in content:
+        raise BadInput(f"the checkpoint has no {s.weights} weights")
     detector = Detector(len(content["mean"]), len(content["classes"]), s)
-    detector.load_state_dict(content["ema" if weights == "ema" else "detector"])
-    return detector
+    detector.load_state_dict(content[part])
+    return detector.to(s.device)
+
+
+# ---- New videos ---------------------------------------------------------------------------------
+
+class Localizer:
+    """A trained detector that says what happens from when to when in a new video.
+
+        localize = Localizer("runs/my")
+        segments, labels, scores = localize(np.load("video.npy"))
+
+    path     a run's folder, its checkpoint.pt, or its small detector.pt
+    changes  settings that differ from the training's, above all fps, stride and frames
+    Raises BadInput."""
+
+    def __init__(self, path, **changes):
+        content = read_checkpoint(path)
+        s = check_settings(content["settings"], DetectionSettings, f"checkpoint {path}")
+        changes = {"device": "auto"} | changes
+        changes["device"] = pick_device(changes["device"])
+        self.s = replace(s, **changes)
+        self.fps = self.s.fps or content["fps"]  # of the training videos
+        self.classes = content["classes"]
+        self.mean, self.std = content["mean"], content["std"]
+        self.detector = load_detector(content, self.s)
+
+    def __call__(self, feats, duration=None, name="the video"):
+        """Find the actions of a video, best joint score first.
+
+        feats     (T, D), an array or a feature file, not standardised
+        duration  seconds; without it the features' span
+        ->        segments (N, 2) in seconds, N labels, scores (N,)
+        Raises BadInput for another D."""
+        steps, mean, _ = sum_features(feats, self.s.feature_key, name)
+        if len(mean) != len(self.mean):
+            raise BadInput(f"{name} has features of {len(mean)} channels, the training had "
+                           f"{len(self.mean)}")
+        if self.s.stride == 0 and not duration:
+            raise BadInput(f"{name}: give its duration in seconds, which --stride 0 needs")
+        video = place_video(name, unknown_video("", duration, self.fps), feats, steps, self.s)
+        record = detect(self.detector, [video], self, self.s)[name]
+        record = with_seconds(record, video)
+        labels = [self.classes[label] for label in record["labels"]]
+        return record["segments"].numpy(), labels, record["scores"].numpy()
+
+
+def feature_files(path):
+    """{name: file} of a feature file, or of all in a folder; raises BadInput if there is none."""
+    path = Path(path)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in files if file == path or file.suffix in READERS]
+    if not files:
+        raise BadInput(f"{path} holds no feature file {', '.join(READERS)}")
+    folder = path if path.is_dir() else path.parent
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def clock(seconds, mark="."):
+    """Seconds as m:ss.s; with the mark "," as a subtitle has it, hh:mm:ss,mmm."""
+    if mark == ",":
+        whole = round(1000 * seconds)
+        hours, rest = divmod(whole, 3_600_000)
+        minutes, rest = divmod(rest, 60_000)
+        return f"{hours:02}:{minutes:02}:{rest // 1000:02},{rest % 1000:03}"
+    minutes, rest = divmod(round(10 * seconds), 600)
+    return f"{minutes}:{rest / 10:04.1f}"
+
+
+def subtitles(actions):
+    """The text of an .srt file of a video's actions, in their order in time."""
+    parts = []
+    for number, a in enumerate(sorted(actions, key=lambda a: a["segment"]), 1):
+        start, end = (clock(t, ",") for t in a["segment"])
+        parts.append(f"{number}\n{start} --> {end}\n{a['label']} {a['score']:.2f}\n")
+    return "\n".join(parts)
+
+
+def csv_table(found):
+    """The text of a .csv file of the actions of videos."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["video", "start", "end", "label", "score"])
+    for video, actions in found.items():
+        writer.writerows([video, *a["segment"], a["label"], a["score"]] for a in actions)
+    return text.getvalue()
+
+
+def write_found(path, found):
+    """Write {video: [{"segment", "label", "score"}]}: JSON, CSV or SRT, as the ending says.
+
+    Raises BadInput for another ending, and for subtitles of several videos."""
+    ending = Path(path).suffix
+    if ending == ".json":
+        content = {"version": "VERSION 1.3", "results": found, "external_data": {}}
+        write_json(path, content, indent=1)
+    elif ending == ".csv":
+        write_text(path, csv_table(found))
+    elif ending == ".srt" and len(found) == 1:
+        write_text(path, subtitles(*found.values()))
+    else:
+        raise BadInput(f"--out {path} must end in .json, .csv or, for one video, .srt")
+
+
+def find_actions(args):
+    """Print, and write to --out, what happens in the feature files of --features."""
+    changes = {name: value for name, value in vars(args).items()
+               if name in ("fps", "stride", "frames", "weights", "device") and value is not None}
+    localize = Localizer(args.checkpoint, **changes)
+    found = {}
+    for name, file in feature_files(args.features).items():
+        segments, labels, scores = localize(file, args.duration, name)
+        found[name] = [
+            {"segment": [round(t, 2) for t in segment], "label": label, "score": round(score, 2)}
+            for segment, label, score in zip(segments.tolist(), labels, scores.tolist())
+            if score >= args.min_score]
+        say(f"{short(name)}: {len(found[name])} actions of a score of at least {args.min_score:g}")
+        for a in found[name]:
+            start, end = a["segment"]
+            say(f"{clock(start):>9} - {clock(end):>8}  {a['score']:.2f}  {short(a['label'])}")
+    if args.out:
+        write_found(args.out, found)
 
 
 # ---- The command line ---------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence."""
+
+    def error(self, message):
+        """Raises BadInput."""
+        raise BadInput(f"{message}; --help lists every setting")
+
 
 def evaluate_checkpoint(args):
     """(metrics, title) of --checkpoint: detect on its test videos; raises BadInput."""
@@ -504,7 +651,7 @@ def evaluate_checkpoint(args):
         raise BadInput("the run was trained without a test set: name one by --subset")
     data = load_dataset(s, content)
     warn(data.warnings)
-    detector = load_detector(content, s, s.weights).to(s.device)
+    detector = load_detector(content, s)
     metrics, _ = evaluate_detector(detector, data, s)
     if metrics is None:
         raise BadInput(f"no test video of {s.annotations or s.dataset} has annotations: there is "
@@ -563,11 +710,13 @@ def evaluate_predictions(args):
 
 
 ARGUMENTS = {
-    "--checkpoint": "a run's folder or checkpoint: detect on its test videos and evaluate",
-    "--dataset": "with --checkpoint: the annotation file, where it has moved",
-    "--root": "with --checkpoint: the folder of a published dataset, where it has moved",
-    "--annotations": "with --checkpoint: the annotation file, where it has moved",
-    "--features": "with --checkpoint: the feature folder, where it has moved",
+    "--checkpoint": "a run's folder, its checkpoint.pt or detector.pt",
+    "--features": "a new video's feature file, or a folder of them: print what happens there",
+    "--out": "... and write it here: .json, .csv, or for one video .srt",
+    "--dataset": "evaluate on its test videos: the annotation file, where it has moved; with it "
+                 "--features is the feature folder",
+    "--root": "the folder of a published dataset, where it has moved",
+    "--annotations": "the annotation file of a published dataset, where it has moved",
     "--device": "where to detect: auto (the default), cpu, cuda, ...",
     "--pred": "predictions in ActivityNet's result format",
     "--gt": "ground truth in ActivityNet's annotation format",
@@ -576,13 +725,23 @@ ARGUMENTS = {
     "--tiou": "thresholds, start:end:step (default: the checkpoint's, or 0.3:0.7:0.1)",
     "--json": "write the metrics here as well",
 }
+NUMBERS = {
+    "--fps": "frames a second of new videos (default: the training's)",
+    "--stride": "frames between two features of new videos (default: the training's)",
+    "--frames": "frames that a feature sees, of new videos (default: the training's)",
+    "--duration": "seconds of a new video (default: what its features span)",
+}
 
 
 def parse(argv):
-    """The command line as argparse has it."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    """The command line; raises BadInput."""
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for flag, comment in ARGUMENTS.items():
         parser.add_argument(flag, help=comment)
+    for flag, comment in NUMBERS.items():
+        parser.add_argument(flag, type=float, help=comment)
+    parser.add_argument(
+        "--min-score", type=float, default=0.3, help="least score of new videos' actions (0.3)")
     parser.add_argument(
         "--weights", choices=("ema", "raw"),
         help="which weights of the checkpoint (default: as it was trained)")
@@ -594,8 +753,11 @@ def parse(argv):
 
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
-    args = parse(argv)
     try:
+        args = parse(argv)
+        if args.features and not (args.dataset or args.annotations or args.root):
+            find_actions(args)
+            return 0
         evaluate = evaluate_checkpoint if args.checkpoint else evaluate_predictions
         metrics, title = evaluate(args)
         if args.json:

@@ -373,7 +373,7 @@ COUNTS = ("epoch", "step", "ema_step", "done")
 NUMBERS = ("stage", *COUNTS, "t_plus", "pseudo", "theta_h", "rng")
 PARTS = {*MODULES, *NUMBERS, "processes", "fingerprint", "instances"}
 TUNED = ("lr", "warmup", "clip")  # what may differ from those of --start
-RESULTS = ("metrics.json", "predictions.json", "pseudo_labels.json")
+RESULTS = ("metrics.json", "predictions.json", "pseudo_labels.json", "detector.pt")
 
 
 def instances_of(videos):
@@ -413,6 +413,25 @@ def write_configuration(run):
     data.write_json(run.out / "split.json", split, indent=1)
 
 
+def shape_of(run):
+    """What evaluation needs of a run beside the weights."""
+    videos = run.data.labelled + run.data.unlabelled
+    return {
+        "settings": asdict(run.s),
+        "classes": run.data.classes,
+        "mean": run.data.mean,
+        "std": run.data.std,
+        "fps": float(np.median([video.grid.fps for video in videos])),
+    }
+
+
+def save_detector(run):
+    """The reported weights alone, enough for detection on new videos."""
+    part = evaluate.WEIGHTS[run.s.weights]
+    content = shape_of(run) | {part: getattr(run, part).state_dict()}
+    data.write_atomically(run.out / "detector.pt", lambda file: torch.save(content, file))
+
+
 def save(run):
     """The whole run as one file, written by the first process.
 
@@ -420,14 +439,11 @@ def save(run):
     if not data.is_first():
         return
     run.rng = states_of_generators(run) if run.done else None
-    content = {key: getattr(run, name).state_dict() for key, name in MODULES.items()}
+    content = shape_of(run)
+    content |= {key: getattr(run, name).state_dict() for key, name in MODULES.items()}
     content |= {name: getattr(run, name) for name in NUMBERS}
     content |= {
         "processes": process_count(),
-        "settings": asdict(run.s),
-        "classes": run.data.classes,
-        "mean": run.data.mean,
-        "std": run.data.std,
         "labelled": [video.id for video in run.data.labelled],
         "fingerprint": run.data.fingerprint,
         "instances": instances_of(run.data.labelled),
@@ -1001,6 +1017,7 @@ def report(run):
                "ema": evaluate.evaluate_detector(run.ema, dataset, s)}
     if not data.is_first():
         return
+    save_detector(run)
     metrics, predictions = results.pop(s.weights)
     other, (other_metrics, _) = results.popitem()
     pseudo = run.pseudo and evaluate.export_pseudo_labels(
@@ -1017,17 +1034,9 @@ def report(run):
     say(f"average with the {other} weights: {100 * other_average:.2f}")
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence."""
-
-    def error(self, message):
-        """Raises BadInput."""
-        raise BadInput(f"{message}; --help lists every setting")
-
-
 def read_arguments(argv):
     """{name of a setting: value} of a command line."""
-    parser = Parser(
+    parser = evaluate.Parser(
         description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
         epilog="The defaults are those of the paper; --dataset changes some (PRESETS in train.py).")
     for f in fields(Settings):

@@ -236,8 +236,7 @@ def read_run(folder):
     path = folder / "checkpoint.pt"
     checkpoint = evaluate.read_checkpoint(path)
     s, d = read_data(checkpoint)
-    detector = evaluate.load_detector(checkpoint, s, s.weights)
-    return s, d, detector.to(s.device).eval()
+    return s, d, evaluate.load_detector(checkpoint, s).eval()
 
 
 # ---- Calibration --------------------------------------------------------------------------------
@@ -633,7 +632,7 @@ def parse_seeds(text):
 
 def parse(argv):
     """The arguments of the command line, and what is passed on to train.py; raises BadInput."""
-    parser = train.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = evaluate.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument(
         "tables", nargs="+", choices=[*ROWS, *PROBES, "S6", "causes"],
         help="of the paper; open: what it leaves open; causes: pseudo labels by class")
