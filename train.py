@@ -16,6 +16,7 @@ import copy
 import fcntl
 import math
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -161,7 +162,8 @@ class Settings(evaluate.DetectionSettings):
     start: str = of_run(
         "", "checkpoint of another run to go on from; --lr, --warmup and --clip may differ")
     resume: str = of_run("", "folder of a run to go on with, with its settings")
-    log_every: int = of_run(20, "steps between two log lines", "positive")
+    log_every: int = of_run(20, "steps between two rows of log.jsonl", "positive")
+    page: bool = of_run(True, "write page.html at the end, the run to look at in a browser")
 
     def __post_init__(self):
         super().__post_init__()
@@ -328,7 +330,10 @@ class Run:
     rng: dict = None  # the states of the generators in the midst of an epoch
     pseudo: dict = None  # {id: record}, the pseudo labels
     theta_h: float = None  # its mean when they were made
+    supervised_mAP: float = None  # the average at the end of stage 2
     clock: tuple = None  # (step, time) when the stage began or went on
+    losses: list = field(default_factory=list)  # of the epoch's steps
+    parts: dict = field(default_factory=dict)  # of the last step's loss
     logged: bool = False  # whether log.jsonl is this run's
     saved: bool = False  # whether the folder's other files are
     lock: object = None  # the open file that keeps other runs out of the folder
@@ -370,10 +375,10 @@ MODULES = {
     "optimizer": "optimizer",
 }
 COUNTS = ("epoch", "step", "ema_step", "done")
-NUMBERS = ("stage", *COUNTS, "t_plus", "pseudo", "theta_h", "rng")
+NUMBERS = ("stage", *COUNTS, "t_plus", "pseudo", "theta_h", "rng", "supervised_mAP")
 PARTS = {*MODULES, *NUMBERS, "processes", "fingerprint", "instances"}
 TUNED = ("lr", "warmup", "clip")  # what may differ from those of --start
-RESULTS = ("metrics.json", "predictions.json", "pseudo_labels.json", "detector.pt")
+RESULTS = ("metrics.json", "predictions.json", "pseudo_labels.json", "detector.pt", "page.html")
 
 
 def instances_of(videos):
@@ -401,8 +406,29 @@ def set_generators(run):
         torch.cuda.set_rng_state(run.rng["cuda"], run.s.device)
 
 
+def listed(segments, labels):
+    """Instances as ActivityNet's annotation files have them."""
+    return [{"segment": segment, "label": label} for segment, label in zip(segments, labels)]
+
+
+def videos_of(dataset):
+    """What a run knows of its videos: {id: {"part", "duration", "annotations"}}.
+
+    Annotations in seconds; None where there are none, or where they are hidden from the run."""
+    found = {}
+    for part in ("labelled", "unlabelled", "test"):
+        for video in getattr(dataset, part):
+            found[video.id] = {"part": part, "duration": video.duration, "annotations": None}
+    for video in dataset.labelled:
+        names = [dataset.classes[label] for label in video.labels]
+        found[video.id]["annotations"] = listed(video.in_seconds(video.segments).tolist(), names)
+    for name, a in dataset.ground_truth.items():
+        found[name]["annotations"] = listed(a.segments.tolist(), a.labels)
+    return found
+
+
 def write_configuration(run):
-    """What the run does, in config.json, and with which videos, in split.json."""
+    """What the run does, in config.json, and with which videos, in split.json and videos.json."""
     dataset = run.data
     split = {
         "labelled": [video.id for video in dataset.labelled],
@@ -411,6 +437,7 @@ def write_configuration(run):
     }
     data.write_json(run.out / "config.json", asdict(run.s), indent=1)
     data.write_json(run.out / "split.json", split, indent=1)
+    data.write_json(run.out / "videos.json", videos_of(dataset))
 
 
 def shape_of(run):
@@ -510,9 +537,10 @@ def check_progress(content, run, where):
     if content["stage"] not in STAGES:
         raise BadInput(f"{where} is not usable: its stage is {data.shown(content['stage'])}")
     evaluate.check_weights({"t_plus": content["t_plus"]}, {"t_plus": run.t_plus}, where)
-    theta = content["theta_h"]
-    if theta is not None and not (isinstance(theta, float) and math.isfinite(theta)):
-        raise BadInput(f"{where} is not usable: its theta_h is {data.shown(theta)}")
+    for name in ("theta_h", "supervised_mAP"):
+        value = content[name]
+        if value is not None and not (isinstance(value, float) and math.isfinite(value)):
+            raise BadInput(f"{where} is not usable: its {name} is {data.shown(value)}")
     states = content["rng"]
     if content["done"]:
         own = {"torch": torch.get_rng_state(), "run": torch.Generator().get_state()}
@@ -624,13 +652,10 @@ def keep_others_out(folder):
 
 
 def log(run, **row):
-    """One line to the screen and to log.jsonl, by the first process."""
+    """A row of log.jsonl, by the first process."""
     if not data.is_first():
         return
     row = {"stage": run.stage, "epoch": run.epoch + 1} | row
-    words = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-             for key, value in row.items()]
-    say("  ".join(words))
     path = run.out / "log.jsonl"
     if not run.logged:
         data.write_rows(path, [])
@@ -658,7 +683,70 @@ def note(run, text):
     data.warn([text])
 
 
-# ---- Epochs ------------------------------------------------------------------------------------
+# ---- The console --------------------------------------------------------------------------------
+
+COST = {"pretrain": 1, "supervised": 1, "joint": 2}  # of a step: stage 3 has two batches
+
+
+def steps_of(run, videos):
+    """The steps of an epoch over so many videos."""
+    return math.ceil(len(videos) / (run.s.batch * process_count()))
+
+
+def plan_of(run):
+    """(epochs, steps of an epoch) of each stage."""
+    s = run.s
+    labelled, unlabelled = run.data.labelled, run.data.unlabelled
+    least = math.ceil(s.supervised_steps / s.supervised_epochs)
+    return {
+        "pretrain": (s.pretrain_epochs, steps_of(run, labelled + unlabelled)),
+        "supervised": (s.supervised_epochs, max(steps_of(run, labelled), least)),
+        "joint": (s.joint_epochs, steps_of(run, unlabelled)),
+    }
+
+
+def time_left(run):
+    """How long the whole run still takes at the pace of the present stage, in words."""
+    first, since = run.clock
+    pace = (time.time() - since) / max(run.step - first, 1) / COST[run.stage]
+    last = {"pretrain": 0, "supervised": 1, "all": 2}[run.s.stage]
+    work = COST[run.stage] * (run.total - run.step)
+    for stage in STAGES[STAGES.index(run.stage) + 1:last + 1]:
+        count, steps = plan_of(run)[stage]
+        work += COST[stage] * count * steps
+    minutes, seconds = divmod(round(pace * work), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02} left"
+
+
+def show_progress(run):
+    """A bar of the epoch's steps, where a terminal shows it."""
+    if data.is_first() and sys.stdout.isatty():
+        _, steps = plan_of(run)[run.stage]
+        filled = 30 * run.done // steps
+        bar = "#" * filled + "." * (30 - filled)
+        sys.stdout.write(f"\r{run.stage:<10} [{bar}] {run.done}/{steps}  {time_left(run)} ")
+        sys.stdout.flush()
+
+
+def show_epoch(run, count):
+    """A line of at most 100 columns about the epoch that has ended, by the first process."""
+    if not data.is_first() or not run.losses:
+        return
+    words = [f"{run.stage:<10} {run.epoch:>3}/{count}  loss {np.mean(run.losses):.3f}"]
+    for prefix, kind in (("", ""), ("unsup_", "pseudo: ")):
+        shown = [f"{key} {run.parts[prefix + key] / run.parts[prefix + 't_plus']:.3f}"
+                 for key in ("cls", "reg") if prefix + key in run.parts]
+        if shown:
+            words.append(kind + " ".join(shown))
+    line = "  ".join([*words, time_left(run)])
+    if sys.stdout.isatty():  # over the bar
+        sys.stdout.write("\r")
+        line = f"{line:<80}"
+    say(line)
+
+
+# ---- Epochs -------------------------------------------------------------------------------------
 
 def is_stopped(run):
     """Whether a signal has reached this process, or another that shares the batch."""
@@ -694,10 +782,12 @@ def epochs(run, stage, count, steps):
         run.detector.train()
         run.discriminator.train()
         run.stop.gently = True
+        run.losses = []
         yield np.random.default_rng(seeds)
         run.epoch += 1
         run.done = 0
         save(run)
+        show_epoch(run, count)
         run.stop.gently = False
         if is_stopped(run):
             raise Stopped
@@ -765,10 +855,13 @@ def advance(run, loss, parts, ids):
     run.step += 1
     run.done += 1
     run.ema_step += 1
+    run.losses.append(loss.item())
+    run.parts = {key: torch.as_tensor(value).detach() for key, value in parts.items()}
+    show_progress(run)
     if run.step % s.log_every == 0 or run.step == run.total:
         first, since = run.clock
         rate = (run.step - first) / max(time.time() - since, 1e-9)
-        parts = {key: float(torch.as_tensor(value).detach()) for key, value in parts.items()}
+        parts = {key: float(value) for key, value in run.parts.items()}
         log(run, step=run.step, of=run.total, steps_a_second=rate,
             seconds_left=(run.total - run.step) / rate, loss=loss.item(), **parts)
     if is_stopped(run):
@@ -931,11 +1024,23 @@ def make_pseudo_labels(run):
     return refined, theta_h
 
 
+def count_pseudo_labels(run):
+    """How many pseudo labels of each status of icd.STATUS there are."""
+    return column(run.pseudo, "status").long().bincount(minlength=len(icd.STATUS)).tolist()
+
+
+def show_pseudo_labels(run):
+    """A line about the pseudo labels that were made, by the first process."""
+    if data.is_first():
+        counts = [f"{n} {state}" for n, state in zip(count_pseudo_labels(run), icd.STATUS)]
+        theta_h = "-" if run.theta_h is None else f"{run.theta_h:.3f}"
+        say(f"pseudo labels: {', '.join(counts)}; theta_h {theta_h} on average")
+
+
 def log_pseudo_labels(run):
     """How many pseudo labels of each kind there are, and with --audit how good those that teach."""
     taught = {name: rows(record, is_taught(record)) for name, record in run.pseudo.items()}
-    status = column(run.pseudo, "status").long()
-    kept, dropped, mined, candidates = status.bincount(minlength=len(icd.STATUS)).tolist()
+    kept, dropped, mined, candidates = count_pseudo_labels(run)
     judged = {name: taught[name] for name in run.data.hidden}
     quality = evaluate.pseudo_label_quality(judged, run.data.hidden) if run.s.audit else {}
     log(run, positives=kept + dropped, candidates=mined + candidates, dropped=dropped, mined=mined,
@@ -944,17 +1049,12 @@ def log_pseudo_labels(run):
 
 # ---- The three stages ---------------------------------------------------------------------------
 
-def steps_of(run, videos):
-    """The steps of an epoch over so many videos."""
-    return math.ceil(len(videos) / (run.s.batch * process_count()))
-
-
 def pretrain(run):
     """Stage 1, ACP: contrast the steps of all training videos; no label is read (Sec. 3.3)."""
     s = run.s
     videos = [data.blind(video) for video in run.data.labelled + run.data.unlabelled]
-    steps = steps_of(run, videos)
-    for rng in epochs(run, "pretrain", s.pretrain_epochs, steps):
+    count, steps = plan_of(run)["pretrain"]
+    for rng in epochs(run, "pretrain", count, steps):
         for batch in data.training_batches(videos, run.data, s, steps, rng, run.done):
             pyramid = evaluate.forward(run.detector.pyramid, batch, s)
             feats = batch["feats"].to(s.device)
@@ -965,8 +1065,8 @@ def pretrain(run):
 def supervised(run):
     """Stage 2: the detector on labelled videos, and ICD beside it with its own optimiser."""
     s, videos = run.s, run.data.labelled
-    steps = max(steps_of(run, videos), math.ceil(s.supervised_steps / s.supervised_epochs))
-    for rng in epochs(run, "supervised", s.supervised_epochs, steps):
+    count, steps = plan_of(run)["supervised"]
+    for rng in epochs(run, "supervised", count, steps):
         for batch in data.training_batches(videos, run.data, s, steps, rng, run.done):
             sup = batch_losses(run, batch, ground_truth(batch), LABELLED)
             L_icd = 0.0
@@ -979,12 +1079,13 @@ def joint(run):
     """Stage 3, Fig. 1: detect on unlabelled videos, ALQA selects, ICD refines, both kinds teach."""
     s = run.s
     labelled, unlabelled = run.data.labelled, run.data.unlabelled
-    steps = steps_of(run, unlabelled)
-    for rng in epochs(run, "joint", s.joint_epochs, steps):  # saves after each
+    count, steps = plan_of(run)["joint"]
+    for rng in epochs(run, "joint", count, steps):  # saves after each
         done = run.done
         if run.pseudo is None or s.refresh and run.epoch % s.refresh == 0 and not done:
             run.pseudo, run.theta_h = make_pseudo_labels(run)
             run.detector.train()
+            show_pseudo_labels(run)
         if not done:
             log_pseudo_labels(run)
 
@@ -1006,7 +1107,51 @@ def joint(run):
             advance(run, objective(sup, unsup, s), parts, ids)
 
 
-# ---- The report and the command line ------------------------------------------------------------
+# ---- The report ---------------------------------------------------------------------------------
+
+def frames_of(detector, dataset, s):
+    """The representation z (n, L * C) of steps of labelled videos, s.acp_steps of each."""
+    detector.eval()
+    found = []
+    for video in dataset.labelled[:25]:
+        batch = data.collate([data.load_item(video, dataset, s)])
+        steps = torch.linspace(0, video.steps - 1, s.acp_steps, device=s.device).round().long()
+        levels, masks = evaluate.forward(detector.pyramid, batch, s)
+        found.append(acp.representation(levels, masks, steps[None])[0])
+    return torch.nn.functional.normalize(torch.cat(found), dim=-1)
+
+
+def in_two_dimensions(z):
+    """The two principal components of z (n, C) -> n pairs of numbers."""
+    z = (z - z.mean(0)).double().cpu()
+    _, _, axes = torch.linalg.svd(z, full_matrices=False)
+    return (z @ axes[:2].T).tolist()
+
+
+@torch.no_grad()
+def write_representation(run):
+    """Fig. 4: frames of labelled videos before and after ACP, in two dimensions by PCA."""
+    s, dataset = run.s, run.data
+    K = len(dataset.classes)
+    labels = []
+    for video in dataset.labelled[:25]:
+        steps = torch.linspace(0, video.steps - 1, s.acp_steps).round().long()
+        labels += acp.step_classes(
+            steps, video.segments, video.labels, video.segments[:0], K).tolist()
+    before = in_two_dimensions(frames_of(begin(s, dataset).detector, dataset, s))
+    after = in_two_dimensions(frames_of(run.detector, dataset, s))
+    data.write_json(run.out / "representation.json", {
+        "classes": [*dataset.classes, "background"], "label": labels, "before": before,
+        "after": after})
+
+
+def write_page(run):
+    """Let extras/viewer.py make page.html: as a command, since the method imports no extra."""
+    command = [sys.executable, "-m", "extras.viewer", str(run.out.resolve())]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=False)
+    if done.returncode:
+        note(run, "page.html could not be written: python -m extras.viewer says why")
+
 
 def report(run):
     """Detect on the test videos with raw and averaged weights of the last epoch.
@@ -1017,7 +1162,6 @@ def report(run):
                "ema": evaluate.evaluate_detector(run.ema, dataset, s)}
     if not data.is_first():
         return
-    save_detector(run)
     metrics, predictions = results.pop(s.weights)
     other, (other_metrics, _) = results.popitem()
     pseudo = run.pseudo and evaluate.export_pseudo_labels(
@@ -1025,25 +1169,73 @@ def report(run):
     data.write_json(run.out / "pseudo_labels.json", pseudo or {}, indent=1)
     data.write_json(run.out / "predictions.json", predictions)
     if metrics is None:
-        say(f"{run.out}: no annotated test video, so no mAP; see predictions.json")
         return
     other_average = other_metrics["average_mAP"]
     whole = metrics | {"weights": s.weights, f"average_mAP_{other}": other_average}
+    if run.supervised_mAP is not None:
+        whole["supervised_mAP"] = run.supervised_mAP
     data.write_json(run.out / "metrics.json", whole, indent=1)
     say(evaluate.table(metrics, f"{run.out} ({s.weights} weights)"))
     say(f"average with the {other} weights: {100 * other_average:.2f}")
+    if run.supervised_mAP is not None:
+        say(f"supervised {100 * run.supervised_mAP:.2f} -> APL {100 * metrics['average_mAP']:.2f}")
+
+
+def finish(run):
+    """What a run leaves beside the checkpoint, and what to do next, by the first process."""
+    if not data.is_first():
+        return
+    save_detector(run)
+    if run.s.page:
+        write_page(run)
+    say(f"to look at: {run.out}/page.html; in numbers: {run.out}/metrics.json, predictions.json")
+    say(f"a new video: python evaluate.py --checkpoint {run.out} --features video.npy")
+    data.warn(run.data.warnings)
+
+
+# ---- The command line ---------------------------------------------------------------------------
+
+# The settings that --help lists first.
+FIRST = ("dataset", "features", "unlabelled_features", "stride", "frames", "fps", "ratio", "split",
+         "seed", "channels", "stage", "out", "resume", "check")
+ROOMS = (data.DataSettings, model.DetectorSettings, evaluate.DetectionSettings, Settings)
+
+
+def room_of(name):
+    """The heading under which --help lists a setting."""
+    if name in FIRST:
+        return "what matters first"
+    room = next(room for room in ROOMS if name in room.__annotations__)
+    return room.__doc__.split(".")[0].lower()
+
+
+def help_of(f, preset):
+    """The help of a setting: what it is, its choices, the default in force."""
+    default = preset.get(f.name, f.default)
+    allowed = f.metadata["allowed"]
+    choices = f"; one of {', '.join(allowed)}" if isinstance(allowed, tuple) else ""
+    return f"{f.metadata['comment']}{choices} (default {default})".replace("%", "%%")
 
 
 def read_arguments(argv):
     """{name of a setting: value} of a command line."""
+    legend = "[S] the paper states it, [A] the public ActionFormer has it, [J] neither."
+    flags = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    first = evaluate.Parser(add_help=False, **flags)
+    first.add_argument("--dataset", default="toy")
+    dataset = first.parse_known_args(argv)[0].dataset
     parser = evaluate.Parser(
-        description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        epilog="The defaults are those of the paper; --dataset changes some (PRESETS in train.py).")
-    for f in fields(Settings):
-        flag = "--" + f.name.replace("_", "-")
-        comment = f"{f.metadata['comment']} (default {f.default})".replace("%", "%%")
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument(flag, help=comment, **kind)
+        description=__doc__.split("\n")[0],
+        epilog=f"{legend} The defaults are those in force for --dataset {short(dataset)}.", **flags)
+    groups = {room: parser.add_argument_group(room) for room in
+              dict.fromkeys(room_of(name) for name in (*FIRST, *Settings.__dataclass_fields__))}
+    order = {name: number for number, name in enumerate(FIRST)}
+    for f in sorted(fields(Settings), key=lambda f: order.get(f.name, len(order))):
+        kind = {"action": argparse.BooleanOptionalAction}
+        if f.type is not bool:
+            kind = {"type": f.type, "metavar": f.type.__name__}
+        groups[room_of(f.name)].add_argument(
+            "--" + f.name.replace("_", "-"), help=help_of(f, PRESETS.get(dataset, OWN)), **kind)
     return vars(parser.parse_args(argv))
 
 
@@ -1124,15 +1316,22 @@ def launch(s):
 
 def train(run):
     """The stages that the settings ask for, and the report."""
+    s = run.s
     pretrain(run)
-    if run.s.stage == "pretrain":
+    if run.stage == "pretrain" and data.is_first():
+        write_representation(run)
+    if s.stage == "pretrain":
         return
     supervised(run)
-    if run.s.stage == "all":
+    if s.stage == "all":
+        if run.stage == "supervised" and run.data.ground_truth:
+            detector = run.ema if s.weights == "ema" else run.detector
+            metrics, _ = evaluate.evaluate_detector(detector, run.data, s)
+            run.supervised_mAP = metrics["average_mAP"]
         joint(run)
     if run.data.test:
         report(run)
-    data.warn(run.data.warnings)
+    finish(run)
 
 
 def how_to_go_on(run):

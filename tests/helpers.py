@@ -32,6 +32,7 @@ TINY = (
     "--log-every", 5,
     "--device", "cpu",
     "--precision", "float32",
+    "--no-page",
 )
 
 
