@@ -161,6 +161,8 @@ class Settings(evaluate.DetectionSettings):
         ("all", *STAGES[:2]))
     start: str = of_run(
         "", "checkpoint of another run to go on from; --lr, --warmup and --clip may differ")
+    init: str = of_run(
+        "", "checkpoint to take fitting weights from: a public ActionFormer's, or of another run")
     resume: str = of_run("", "folder of a run to go on with, with its settings")
     log_every: int = of_run(20, "steps between two rows of log.jsonl", "positive")
     page: bool = of_run(True, "write page.html at the end, the run to look at in a browser")
@@ -320,6 +322,7 @@ class Run:
     bank: dict  # the labelled instances, as icd.bank_of() has them
     t_plus: torch.Tensor  # (2,), the running mean T+ of each branch
     stage: str  # one of STAGES
+    taken: str = ""  # what --init gave, in words
     epoch: int = 0  # of the stage, done so far
     step: int = 0  # of the stage, done so far
     total: int = 0  # steps of the stage
@@ -344,6 +347,7 @@ def begin(s, dataset):
     """A new Run."""
     torch.manual_seed(s.seed)
     detector = model.Detector(dataset.dim, len(dataset.classes), s).to(s.device)
+    taken = evaluate.take_weights(detector, s.init) if s.init else ""
     ema = copy.deepcopy(detector).requires_grad_(False)
     discriminator = icd.Discriminator(dataset.dim, s.icd_hidden, s.icd_dropout).to(s.device)
     adam = torch.optim.Adam(discriminator.parameters(), lr=s.icd_lr)
@@ -353,7 +357,8 @@ def begin(s, dataset):
     t_plus = torch.full((2,), s.t_plus, device=s.device)
     stage = "pretrain" if s.acp != "none" else "supervised"
     return Run(
-        s, dataset, Path(s.out), detector, ema, discriminator, adam, bank, t_plus, stage)
+        s, dataset, Path(s.out), detector, ema, discriminator, adam, bank, t_plus, stage,
+        taken=taken)
 
 
 def make_optimizer(detector, s):
@@ -1188,7 +1193,7 @@ def finish(run):
     save_detector(run)
     if run.s.page:
         write_page(run)
-    say(f"to look at: {run.out}/page.html; in numbers: {run.out}/metrics.json, predictions.json")
+    say(f"to look at: {run.out}/page.html" if run.s.page else f"results: {run.out}")
     say(f"a new video: python evaluate.py --checkpoint {run.out} --features video.npy")
     data.warn(run.data.warnings)
 
@@ -1243,7 +1248,7 @@ def settings_of(folder):
     """The settings {name: value} of the run in a folder, which goes on; raises BadInput."""
     content = evaluate.read_checkpoint(folder)
     s = evaluate.check_settings(content["settings"], Settings, f"checkpoint in {folder}")
-    return asdict(s) | {"out": folder, "start": "", "overwrite": False, "check": False}
+    return asdict(s) | {"out": folder, "start": "", "init": "", "overwrite": False, "check": False}
 
 
 def parse_settings(argv):
@@ -1301,6 +1306,8 @@ def launch(s):
         raise BadInput(f"--ratio {s.ratio} leaves no unlabelled video for stage 3; "
                        "--stage supervised needs none")
     run = begin(s, dataset)
+    if run.taken and data.is_first():
+        say(run.taken)
     if s.resume:
         restore(run, run.out / "checkpoint.pt")
     elif s.start:
