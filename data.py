@@ -11,6 +11,7 @@ import os
 import reprlib
 import stat
 import sys
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -70,6 +71,8 @@ def say(text, stream=None):
 
     Where nobody reads any more, only the printing ends."""
     stream = stream or sys.stdout
+    if stream is None:  # closed from the start
+        return
     encoding = stream.encoding or "utf-8"
     text = "\n".join(printable(line) for line in text.split("\n"))
     try:
@@ -81,8 +84,8 @@ def say(text, stream=None):
 
 def complain(error):
     """Print an error as one line of at most 400 letters."""
-    text = str(error).replace("\n", " ")
-    say("error: " + short(text, 380), sys.stderr)
+    if sys.stderr is not None:
+        say("error: " + short(error, 380), sys.stderr)
 
 
 def refuse(faults):
@@ -137,6 +140,8 @@ class CheckedSettings:
             if type(value) not in types:
                 raise BadInput(
                     f"setting {f.name} must be of type {f.type.__name__}, not {shown(value)}")
+            if f.type is str and "\0" in value:
+                raise BadInput(f"setting {f.name} must hold no NUL, but is {shown(value)}")
             if isinstance(allowed, tuple) and value not in allowed:
                 choices = ", ".join(allowed)
                 raise BadInput(f"setting {f.name} must be one of {choices}, not {shown(value)}")
@@ -210,7 +215,7 @@ class DataSettings(CheckedSettings):
     def __post_init__(self):
         super().__post_init__()
         if self.ratio and self.split not in SPLITS:
-            raise BadInput(f"the split file {short(self.split)} names the labelled videos: it "
+            raise BadInput(f"the split file {short(self.split, 200)} names the labelled videos: it "
                            "does not go with --ratio")
 
 
@@ -249,11 +254,11 @@ def read_text(path, what):
 
 
 def without_repeated_keys(pairs):
-    """A dict of the pairs of a JSON object; raises ValueError for a key that comes twice."""
+    """A dict of the pairs of a JSON object; raises KeyError for a key that comes twice."""
     content = {}
     for key, value in pairs:
         if key in content:
-            raise ValueError(f"the key {short(key)} comes twice")
+            raise KeyError(key)
         content[key] = value
     return content
 
@@ -265,8 +270,12 @@ def read_json(path, what):
         return json.loads(text, object_pairs_hook=without_repeated_keys)
     except RecursionError:
         reason = "it is nested too deeply"
-    except ValueError as error:
-        reason = str(error)
+    except KeyError as error:
+        reason = f"the key {shown(*error.args)} comes twice"
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} in line {error.lineno}"
+    except ValueError:
+        reason = "a number has too many digits"
     raise BadInput(f"{what} {path} cannot be read as JSON: {reason}")
 
 
@@ -275,8 +284,8 @@ def write_atomically(path, write):
 
     What is no regular file, like /dev/null, is written as it is. Raises BadInput where the disk
     is full or closed; what lay at `path` is still there then."""
-    path = Path(os.path.realpath(path))
     try:
+        path = Path(os.path.realpath(path))
         if path.exists() and not path.is_file():
             with open(path, "wb") as file:
                 write(file)
@@ -291,6 +300,8 @@ def write_atomically(path, write):
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+    except ValueError:
+        raise BadInput(f"{short(path, 200)} cannot be written: its name is none") from None
     except (OSError, RuntimeError) as error:  # torch.save: "failed writing", the cause behind it
         cause = error if isinstance(error, OSError) else error.__context__
         reason = getattr(cause, "strerror", None) or "the disk may be full"
@@ -348,11 +359,11 @@ def is_first():
     return process_rank() == 0
 
 
-def warn(warnings):
+def warn(texts):
     """Print warnings, a line each; the first process does."""
-    for warning in warnings:
-        if is_first():
-            say(f"warning: {warning}", sys.stderr)
+    for text in texts:
+        if is_first() and sys.stderr is not None:
+            say(f"warning: {text}", sys.stderr)
 
 
 def share_of(items):
@@ -533,6 +544,19 @@ def read_annotation(entry, where):
         items is not None)
 
 
+def read_each(content, read, what):
+    """{id: read(entry, where)} of a file's videos; raises BadInput, which counts the faults."""
+    found = {}
+    faults = {}
+    for name, entry in content.items():
+        try:
+            found[name] = read(entry, f"{what}, video {short(name)}:")
+        except BadInput as fault:
+            faults[name] = fault
+    refuse(faults)
+    return found
+
+
 def read_annotations(path):
     """{video id: Annotation} of an ActivityNet-style JSON, or of its "database" alone.
 
@@ -543,16 +567,18 @@ def read_annotations(path):
         database = content["database"]
     if not isinstance(database, dict) or not all(isinstance(e, dict) for e in database.values()):
         raise BadInput(f'annotation file {path} has no "database" of videos, each a JSON object')
-    annotations = {}
-    faults = {}
-    for name, entry in database.items():
-        try:
-            annotations[name] = read_annotation(
-                entry, f"annotation file {path}, video {short(name)}:")
-        except BadInput as fault:
-            faults[name] = fault
-    refuse(faults)
-    return annotations
+    return read_each(database, read_annotation, f"annotation file {path}")
+
+
+def read_detections(found, where):
+    """The detections [{"label", "score", "segment"}] of a video; raises BadInput."""
+    if not isinstance(found, list) or not all(isinstance(d, dict) for d in found):
+        raise BadInput(f"{where} it must list predictions, not {shown(found)}")
+    return [{
+        "label": read_label(d.get("label"), where),
+        "score": number(d.get("score"), where, "a score"),
+        "segment": read_segment(d.get("segment"), where),
+    } for d in found]
 
 
 def read_predictions(path):
@@ -561,17 +587,7 @@ def read_predictions(path):
     results = content.get("results") if isinstance(content, dict) else None
     if not isinstance(results, dict):
         raise BadInput(f'prediction file {path} has no "results" of videos')
-    predictions = {}
-    for video, found in results.items():
-        where = f"prediction file {path}, video {short(video)}:"
-        if not isinstance(found, list) or not all(isinstance(d, dict) for d in found):
-            raise BadInput(f"{where} it must list predictions, not {shown(found)}")
-        predictions[video] = [{
-            "label": read_label(d.get("label"), where),
-            "score": number(d.get("score"), where, "a score"),
-            "segment": read_segment(d.get("segment"), where),
-        } for d in found]
-    return predictions
+    return read_each(results, read_detections, f"prediction file {path}")
 
 
 def in_subset(annotations, subset):
@@ -846,7 +862,9 @@ def read_features(source, key, name):
         raise BadInput(f"{what} {source} is of no kind that is read: {', '.join(READERS)} "
                        "(--extension)")
     try:
-        feats = READERS[suffix](source, key, what)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said below
+            feats = READERS[suffix](source, key, what)
     except BadInput:
         raise
     except Exception:  # numpy and torch raise a dozen kinds, whose words advise to unpickle
@@ -891,7 +909,7 @@ def statistics(sums, standardize):
     std = np.where(std > 1e-6, std, 1)
     if not standardize:
         mean, std = 0 * mean, std ** 0
-    return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
+    return torch.from_numpy(mean), torch.from_numpy(std)
 
 
 # ---- Videos -------------------------------------------------------------------------------------
@@ -1123,15 +1141,20 @@ def hint_at_files(folder, name, s):
     if not Path(folder).is_dir():
         return f"; there is no folder {short(folder, 100)}"
     stem = Path(name).name
-    for file in sorted(Path(folder).glob("*"))[:100_000]:
+    hints = []
+    for file in sorted(Path(folder).iterdir()):
         bare = file.name.removesuffix(file.suffix)
-        if file.suffix in READERS and bare.removeprefix("v_") == stem.removeprefix("v_"):
-            if bare == stem:
-                return f"; there is {short(file.name)}: --extension {file.suffix}"
-            if bare.startswith("v_"):
-                return f"; there is {short(file.name)}: --prefix v_"
-            return f"; there is {short(file.name)}: the ids have the prefix v_, the files have not"
-    return ""
+        there = f"; there is {short(file.name)}:"
+        if file.suffix not in READERS:
+            continue
+        if bare.startswith(stem):
+            hints.append((len(bare), f"{there} --extension {short(file.name[len(stem):])}"))
+        elif bare.endswith(stem):
+            hints.append((len(bare), f"{there} --prefix {short(bare.removesuffix(stem))}"))
+        elif stem.endswith(bare):
+            prefix = short(stem.removesuffix(bare))
+            hints.append((len(stem), f"{there} the ids have the prefix {prefix}, the files not"))
+    return min(hints, default=(0, ""))[1]
 
 
 def drop_missing(chosen, sources, s):
@@ -1182,7 +1205,8 @@ def open_videos(annotations, sources, s, path, dim):
             steps, mean, _ = sums[name]
             dim = dim or len(mean)
             if len(mean) != dim:
-                turned = "; transposed it would fit: features are (T, D)" if steps == dim else ""
+                like = steps == dim or all(steps == other for other, *_ in sums.values())
+                turned = "; transposed it would fit: features are (T, D)" if like else ""
                 raise BadInput(f"video {short(name)}: feature file {sources[name]} is {len(mean)} "
                                f"wide, {others} {dim}{turned}")
             if s.stride == 0 and not a.duration:
@@ -1198,10 +1222,11 @@ def open_videos(annotations, sources, s, path, dim):
     return videos, sums
 
 
-def check_spans(videos, annotations, s):
+def check_spans(videos, annotations, s, dim):
     """Warnings where features span another time than the annotations say; raises BadInput.
 
-    A median off by more than a window and 5 % is a warning, one off by half an error."""
+    A median off by more than a window and 5 % is a warning, one off by half an error.
+    dim: the features' width, their length if they are transposed."""
     known = [v for v in videos.values() if annotations[v.id].duration and s.stride]
     if not known:
         return []
@@ -1215,7 +1240,10 @@ def check_spans(videos, annotations, s):
                 f"(median of {len(known)} videos; {short(known[0].id)}: {spans[0]:.1f} s of "
                 f"{durations[0]:.1f} s); are --stride, --frames and --fps right? --stride "
                 f"{s.stride / ratio:.4g} would fit")
-        if abs(ratio - 1) >= 0.5 and not s.trust_grid:
+        turned = np.median([v.grid.span(dim) for v in known] / durations)
+        if abs(turned - 1) < 0.05:
+            text += "; transposed they would fit: features are (T, D)"
+        if not 2 / 3 < ratio < 3 / 2 and not s.trust_grid:
             raise BadInput(f"{text}; --trust-grid goes on")
         return [text]
     off = [v.id for v, much in zip(known, far & (np.abs(spans / durations - 1) > 0.5)) if much]
@@ -1275,9 +1303,10 @@ def truth_of(path, chosen, s):
 
 
 def fingerprint_of(sums):
-    """[T, mean, spread] of a video's features: what changes when they do."""
+    """[T, mean, spread] of a video's features: what changes when they do, or their order."""
     steps, mean, spread = sums
-    return [steps, float(mean.mean()), float(spread.sum())]
+    weight = np.linspace(1, 2, len(mean))
+    return [steps, float(weight @ mean), float(weight @ spread)]
 
 
 def training_part(chosen, names, videos, sums, s):
@@ -1321,7 +1350,6 @@ def load_dataset(s, trained=None):
     everything = chosen.everything()
     dim = len(trained["mean"]) if trained else None
     videos, sums = open_videos(everything, sources, s, path, dim)
-    chosen.warnings += check_spans(videos, everything, s)
     part = {key: trained[key] for key in ("classes", "mean", "std")} if trained else training_part(
         chosen, names, videos, sums, s)
     dataset = Dataset(
@@ -1330,6 +1358,7 @@ def load_dataset(s, trained=None):
         ignored=chosen.ignored,
         warnings=chosen.warnings,
         **part)
+    dataset.warnings += check_spans(videos, everything, s, dataset.dim)
     if not trained:
         dataset.warnings += check_labelled(dataset.labelled, path)
         dataset.warnings += check_classes(dataset.classes, dataset.missing)
@@ -1406,10 +1435,11 @@ def load_item(video, data, s, rng=None):
     if rng is not None and not video.resized:
         start, length = draw_crop(video, s, rng)
         feats = feats[start:start + length]
-    x = torch.from_numpy(np.array(feats, dtype=np.float32))
+    kind = np.float64 if feats.dtype == np.float64 else np.float32  # far from 0, first to 0
+    x = torch.from_numpy(np.array(feats, dtype=kind))
     if video.resized:
         x = F.interpolate(x.T[None], size=length, mode="linear", align_corners=False)[0].T
-    x = (x - data.mean) / data.std
+    x = ((x - data.mean.to(x.dtype)) / data.std.to(x.dtype)).float()
     if not x.isfinite().all():
         step = int((~x.isfinite()).any(1).nonzero()[0, 0])
         raise BadInput(f"video {short(video.id)}: feature file {video.source} is beyond float32 at "

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from alqa import joint_score
 from data import (
+    LAYOUTS,
     MILLION,
     PLACES,
     READERS,
@@ -449,7 +450,7 @@ def check_standard(content, where):
     """Raise BadInput unless a checkpoint's mean and std can standardise the input."""
     for name in ("mean", "std"):
         x = content[name]
-        good = isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.ndim == 1
+        good = isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim == 1
         if not good or not 0 < len(x) < MILLION or not x.isfinite().all():
             raise BadInput(f"{where} is not usable: its {name} is no row of finite numbers")
     if content["mean"].shape != content["std"].shape or not (content["std"] > 0).all():
@@ -725,10 +726,16 @@ def evaluate_checkpoint(args):
     """(metrics, title) of --checkpoint: detect on its test videos; raises BadInput."""
     content = read_checkpoint(args.checkpoint)
     s = check_settings(content["settings"], DetectionSettings, f"checkpoint {args.checkpoint}")
-    places = {name: str(Path(value).resolve()) if Path(value).exists() else value
+    places = {name: value if value in LAYOUTS else os.path.abspath(value)
               for name, value in vars(args).items() if name in PLACES and value}
-    s = replace(s, **places, tiou=args.tiou or s.tiou, weights=args.weights or s.weights,
-                test_subset=args.subset or s.test_subset, device=pick_device(args.device or "auto"))
+    s = replace(
+        s,
+        **places,
+        missing=args.missing or s.missing,
+        tiou=args.tiou or s.tiou,
+        weights=args.weights or s.weights,
+        test_subset=args.subset or s.test_subset,
+        device=pick_device(args.device or "auto"))
     if s.test_subset == "none":
         raise BadInput("the run was trained without a test set: name one by --subset")
     data = load_dataset(s, content)
@@ -799,6 +806,7 @@ ARGUMENTS = {
                  "--features is the feature folder",
     "--root": "the folder of a published dataset, where it has moved",
     "--annotations": "the annotation file of a published dataset, where it has moved",
+    "--missing": "skip: leave out test videos without a feature file, also of the mAP",
     "--device": "where to detect: auto (the default), cpu, cuda, ...",
     "--pred": "predictions in ActivityNet's result format",
     "--gt": "ground truth in ActivityNet's annotation format",

@@ -15,12 +15,17 @@ import argparse
 import copy
 import fcntl
 import math
+import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
+# torch reads it when it is imported. On a machine with other work, threads that spin while they
+# wait make a step 10 times slower; on a quiet one this costs nothing.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
@@ -337,8 +342,8 @@ class Run:
     clock: tuple = None  # (step, time) when the stage began or went on
     losses: list = field(default_factory=list)  # of the epoch's steps
     parts: dict = field(default_factory=dict)  # of the last step's loss
-    logged: bool = False  # whether log.jsonl is this run's
-    saved: bool = False  # whether the folder's other files are
+    rows: list = field(default_factory=list)  # of the log, until the folder is this run's
+    saved: bool = False  # whether the files in the folder are this run's
     lock: object = None  # the open file that keeps other runs out of the folder
     stop: Stop = field(default_factory=Stop)  # what the signals have asked for
 
@@ -486,6 +491,7 @@ def save(run):
         for name in RESULTS:
             (run.out / name).unlink(missing_ok=True)
         write_configuration(run)
+        data.write_rows(run.out / "log.jsonl", run.rows)
         run.saved = True
 
 
@@ -597,6 +603,7 @@ def check_checkpoint(run, content, path):
     mine, theirs = asdict(run.s), content["settings"]
     if not PARTS <= set(content) or set(mine) != set(theirs):
         raise BadInput(f"{where} is not of this version: it lacks or adds settings or parts")
+    evaluate.check_settings(theirs, Settings, where)
     check_progress(content, run, where)
     processes = content["processes"]
     if content["done"] and processes != process_count():
@@ -661,11 +668,10 @@ def log(run, **row):
     if not data.is_first():
         return
     row = {"stage": run.stage, "epoch": run.epoch + 1} | row
-    path = run.out / "log.jsonl"
-    if not run.logged:
-        data.write_rows(path, [])
-        run.logged = True
-    data.append_row(path, row)
+    if run.saved:
+        data.append_row(run.out / "log.jsonl", row)
+    else:  # what lies in the folder goes when there is something better
+        run.rows.append(row)
 
 
 def take_up_log(run):
@@ -679,7 +685,7 @@ def take_up_log(run):
         if whole or begun:
             kept.append(row)
     data.write_rows(path, kept)
-    run.logged = run.saved = True
+    run.saved = True
 
 
 def note(run, text):
@@ -724,9 +730,14 @@ def time_left(run):
     return f"{hours}:{minutes:02}:{seconds:02} left"
 
 
+def is_terminal():
+    """Whether somebody watches."""
+    return data.is_first() and sys.stdout is not None and sys.stdout.isatty()
+
+
 def show_progress(run):
     """A bar of the epoch's steps, where a terminal shows it."""
-    if data.is_first() and sys.stdout.isatty():
+    if is_terminal():
         _, steps = plan_of(run)[run.stage]
         filled = 30 * run.done // steps
         bar = "#" * filled + "." * (30 - filled)
@@ -745,7 +756,7 @@ def show_epoch(run, count):
         if shown:
             words.append(kind + " ".join(shown))
     line = "  ".join([*words, time_left(run)])
-    if sys.stdout.isatty():  # over the bar
+    if is_terminal():  # over the bar
         sys.stdout.write("\r")
         line = f"{line:<80}"
     say(line)
@@ -831,7 +842,7 @@ def average_weights(run):
 
 
 def check_finite(run, what, value, ids):
-    """Raise Diverged where the loss or the gradient of a step is NaN or infinite."""
+    """Raise Diverged where the output, loss or gradient of a step is NaN or infinite."""
     if math.isfinite(value):
         return
     path = run.out / "checkpoint.pt"
@@ -953,6 +964,8 @@ def batch_losses(run, batch, instances, branch):
     if s.mixup and branch == LABELLED:
         batch, lam = mix(batch, s.mixup)
     outputs = evaluate.forward(run.detector, batch, s)
+    parts = (outputs.cls_logits, outputs.offsets, outputs.p_tiou, outputs.p_tnd)
+    check_finite(run, "output", sum(x.detach().sum() for x in parts).item(), batch["ids"])
     instances = [{key: value.to(s.device) for key, value in r.items()} for r in instances]
     losses = point_losses(run, outputs, instances)
     if lam < 1:
@@ -1023,7 +1036,7 @@ def make_pseudo_labels(run):
                for name, record in compared.items()}
     theta_h = float(np.mean(theta_h)) if theta_h else None
     if not any(is_taught(record).any() for record in refined.values()):
-        best = column(detections, "scores").max().item() if theta_h else "under theta_l"
+        best = max(column(detections, "scores").tolist(), default=None)
         note(run, f"no pseudo label: theta_l is {s.theta_l}, theta_h {theta_h}, the best score "
                   f"{best}; stage 3 learns from the labelled videos alone")
     return refined, theta_h
@@ -1275,7 +1288,7 @@ def parse_settings(argv):
     # Whole paths, so that the checkpoint finds the files from anywhere.
     for name in data.PLACES:
         if given.get(name) and given[name] not in (*PRESETS, *data.SPLITS):
-            given[name] = str(Path(given[name]).resolve())
+            given[name] = os.path.abspath(given[name])
     given["device"] = evaluate.pick_device(given.get("device", "auto"))
     if given.get("precision", "auto") == "auto":
         given["precision"] = evaluate.pick_precision(given["device"])
@@ -1289,6 +1302,19 @@ def check_folder(s):
                        "anew, another --out keeps it")
     if Path(s.out).exists() and not Path(s.out).is_dir():
         raise BadInput(f"--out {s.out} is no folder")
+
+
+def check_positives(run):
+    """Raise BadInput where no point is positive for any labelled instance."""
+    s, K = run.s, len(run.data.classes)
+    for video in run.data.labelled:
+        points = run.detector.points(video.steps)
+        segments, labels = video.segments.to(s.device), video.labels.to(s.device)
+        cls_target, _ = model.assign_targets(points, [segments], [labels], K, s.radius)
+        if cls_target.any():
+            return
+    raise BadInput(f"no point is positive for any labelled instance, so there is nothing to learn: "
+                   f"--ranges {short(s.ranges)} or --radius {s.radius:g} do not fit their lengths")
 
 
 def launch(s):
@@ -1306,6 +1332,7 @@ def launch(s):
         raise BadInput(f"--ratio {s.ratio} leaves no unlabelled video for stage 3; "
                        "--stage supervised needs none")
     run = begin(s, dataset)
+    check_positives(run)
     if run.taken and data.is_first():
         say(run.taken)
     if s.resume:
