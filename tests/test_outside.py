@@ -285,6 +285,13 @@ def with_null_fields(database):
     return {"database": database, "version": None}
 
 
+def perfect_from(dataset):
+    """Predictions equal to a Dataset's ground truth."""
+    return {name: [{"label": label, "segment": segment, "score": 1}
+                   for label, segment in zip(a.labels, a.segments.tolist())]
+            for name, a in dataset.ground_truth.items()}
+
+
 @pytest.mark.parametrize(
     "form", [bare, with_duration_second, with_extra_fields, with_null_fields])
 def test_other_forms_of_annotations(own, form):
@@ -295,13 +302,6 @@ def test_other_forms_of_annotations(own, form):
     assert after.classes == before.classes
     assert [v.duration for v in after.test] == [32.5] * 4
     assert score_of(own, predict(own, perfect_from(before))) == pytest.approx(100)
-
-
-def perfect_from(dataset):
-    """Predictions equal to a Dataset's ground truth."""
-    return {name: [{"label": label, "segment": segment, "score": 1}
-                   for label, segment in zip(a.labels, a.segments.tolist())]
-            for name, a in dataset.ground_truth.items()}
 
 
 def test_null_duration_and_fps_are_unknown(own):
