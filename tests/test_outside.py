@@ -1531,6 +1531,10 @@ def test_tensors_that_are_none_are_refused(own, capsys, content):
     refusal(check(own, "--extension", ".pt"), capsys, "v7")
 
 
+def write_npz_pickled(path, x):
+    np.savez(path, feats=np.array([{"a": 1}], dtype=object))
+
+
 def test_pickled_features_are_refused_in_our_own_words(own, capsys):
     pickled = np.array([{"a": 1}], dtype=object)
     np.save(own / "features/v7.npy", pickled, allow_pickle=True)
@@ -1541,10 +1545,6 @@ def test_pickled_features_are_refused_in_our_own_words(own, capsys):
     for path in (own / "features").glob("*.npz"):
         torch.save(subprocess.Popen, path.with_suffix(".pt"))
     refusal(check(own, "--extension", ".pt"), capsys)
-
-
-def write_npz_pickled(path, x):
-    np.savez(path, feats=np.array([{"a": 1}], dtype=object))
 
 
 # ---- C. JSON ------------------------------------------------------------------------------------
@@ -1572,6 +1572,12 @@ BAD_JSON = {
 }
 
 
+def write_own_again(own):
+    """The annotation file as it was."""
+    shutil.rmtree(own / "features")
+    write_own(own)
+
+
 @pytest.mark.parametrize("fault", BAD_JSON)
 def test_bad_json_is_one_sentence(own, capsys, fault):
     argv = predict(own, {})
@@ -1583,12 +1589,6 @@ def test_bad_json_is_one_sentence(own, capsys, fault):
     refusal(check(own, "--ratio", 0, "--split", own / "s.json"), capsys, "s.json")
     (own / "pred.json").write_text(BAD_JSON[fault])
     refusal(argv, capsys, "pred.json")
-
-
-def write_own_again(own):
-    """The annotation file as it was."""
-    shutil.rmtree(own / "features")
-    write_own(own)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe{\x00", b"\x80abc", '{"ä": 1}'.encode("latin1")])
@@ -1886,6 +1886,11 @@ def test_a_full_disk_at_the_first_save_leaves_nothing(own, capsys):
                 if path.suffix in (".tmp", ".pt", ".json")]
 
 
+def predict_before(folder):
+    """The command line that evaluates a finished run's predictions."""
+    return ["evaluate", "--pred", folder / "run/predictions.json", "--gt", folder / "own.json"]
+
+
 @pytest.mark.parametrize("size", [1, 700, 1300])
 def test_a_full_disk_for_the_small_files(trained, capsys, size):
     before = (trained / "run/checkpoint.pt").read_bytes()
@@ -1898,11 +1903,6 @@ def test_a_full_disk_for_the_small_files(trained, capsys, size):
     assert (trained / "run/checkpoint.pt").read_bytes() == before
     assert train.main(resumed(trained)) == 0
     assert read_log(trained / "run")
-
-
-def predict_before(folder):
-    """The command line that evaluates a finished run's predictions."""
-    return ["evaluate", "--pred", folder / "run/predictions.json", "--gt", folder / "own.json"]
 
 
 def files_of(folder):
