@@ -780,10 +780,11 @@ def open_zip(path, what):
     check_file(path, what)
     try:
         with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
             size = sum(member.file_size for member in archive.infolist())
             if size > max(MOST_UNPACKED, 2 * os.path.getsize(path)):
                 raise BadInput(f"{what} {path} cannot be read: it unpacks to {size} bytes")
-            broken = archive.testzip()
+            broken = archive.testzip() if len(set(names)) == len(names) else "two of one name"
     except BadInput:
         raise
     except Exception:  # zipfile raises a dozen kinds for damaged archives
@@ -794,7 +795,10 @@ def open_zip(path, what):
 
 def read_npy(path, key, what):
     """The array of a .npy file, memory-mapped."""
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    feats = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(feats, np.ndarray):
+        raise ValueError("an archive")
+    return feats
 
 
 def read_npz(path, key, what):
@@ -831,17 +835,24 @@ def read_pt(path, key, what):
     return (content.float() if content.dtype == torch.bfloat16 else content).numpy()
 
 
+def is_header(cells):
+    """Whether the first line of a .csv file names its columns: in words, or as 0, 1, 2, ..."""
+    numbers = []
+    for cell in cells:
+        try:
+            numbers.append(float(cell))
+        except ValueError:
+            pass
+    return not numbers or len(cells) > 1 and numbers == list(range(len(cells)))
+
+
 def read_csv(path, key, what):
     """The numbers of a .csv file, a line a step, without its header."""
     check_file(path, what, MOST_UNPACKED // 8)
     with open(path, encoding="utf-8-sig") as file:
-        head = file.readline().split(",")
-    try:
-        first = np.array(head, dtype=np.float64)
-        header = len(first) > 1 and np.array_equal(first, np.arange(len(first)))
-    except ValueError:
-        header = True
-    return np.loadtxt(path, delimiter=",", skiprows=int(header), ndmin=2, encoding="utf-8-sig")
+        header = is_header(file.readline().split(","))
+    return np.loadtxt(
+        path, delimiter=",", skiprows=int(header), ndmin=2, encoding="utf-8-sig", comments=None)
 
 
 READERS = {".npy": read_npy, ".npz": read_npz, ".pt": read_pt, ".pth": read_pt, ".csv": read_csv}
@@ -884,7 +895,7 @@ def sum_features(source, key, name):
     total = square = 0
     for first in range(0, len(feats), 4096):  # a long video is never held as a whole
         part = np.asarray(feats[first:first + 4096], dtype=np.float64)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             wrong = np.argwhere(~np.isfinite(part.astype(np.float32)))
         if len(wrong):
             step, channel = wrong[0]

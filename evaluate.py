@@ -418,7 +418,7 @@ def check_weights(found, expected, where):
         raise BadInput(f"{where} is not of this version: it lacks or adds {several(other)}")
     for name, value in expected.items():
         x = found[name]
-        if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+        if not isinstance(x, torch.Tensor) or (x.layout, x.device.type) != (torch.strided, "cpu"):
             raise BadInput(f"{where} is not of this version: {name} is no tensor")
         if (x.shape, x.dtype) != (value.shape, value.dtype):
             raise BadInput(f"{where} is not of this version: {name} is {x.dtype} "
@@ -838,6 +838,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.pred) or bool(args.pred) != bool(args.gt):
         parser.error("give either --checkpoint, or --pred and --gt")
+    if args.features and args.pred:
+        parser.error("--features goes with --checkpoint")
     return args
 
 

@@ -16,6 +16,7 @@ import copy
 import fcntl
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -386,7 +387,7 @@ MODULES = {
 }
 COUNTS = ("epoch", "step", "ema_step", "done")
 NUMBERS = ("stage", *COUNTS, "t_plus", "pseudo", "theta_h", "rng", "supervised_mAP")
-PARTS = {*MODULES, *NUMBERS, "processes", "fingerprint", "instances"}
+PARTS = {*MODULES, *NUMBERS, "processes", "labelled", "fingerprint", "instances"}
 TUNED = ("lr", "warmup", "clip")  # what may differ from those of --start
 RESULTS = ("metrics.json", "predictions.json", "pseudo_labels.json", "detector.pt", "page.html")
 
@@ -502,6 +503,8 @@ def check_optimizer(found, optimizer, where):
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         raise BadInput(f"{where} is not of this version: its optimizer has no groups")
     for group in groups:
+        if any(isinstance(value, torch.Tensor) for value in group.values()):
+            raise BadInput(f"{where} is not of this version: its optimizer has other groups")
         rate = group.get("lr")
         if not isinstance(rate, float) or not 0 <= rate <= 1e12:
             raise BadInput(f"{where} is not usable: its optimizer's lr is {data.shown(rate)}")
@@ -557,6 +560,11 @@ def check_progress(content, run, where):
         own = {"torch": torch.get_rng_state(), "run": torch.Generator().get_state()}
         kept = {key: states.get(key) for key in own} if isinstance(states, dict) else None
         evaluate.check_weights(kept, own, where)
+        try:
+            for state in kept.values():
+                torch.Generator().set_state(state)
+        except RuntimeError:
+            raise BadInput(f"{where} is not usable: its random state is damaged") from None
     check_pseudo_labels(content["pseudo"], run, where)
 
 
@@ -606,10 +614,10 @@ def check_checkpoint(run, content, path):
     evaluate.check_settings(theirs, Settings, where)
     check_progress(content, run, where)
     processes = content["processes"]
-    if content["done"] and processes != process_count():
-        raise BadInput(f"{where} is of {processes} process(es), not {process_count()}")
-    if not run.s.start and processes != process_count():
-        raise BadInput(f"{where} is of {processes} process(es), not {process_count()}")
+    as_many = type(processes) is int and processes == process_count()
+    if not as_many and (content["done"] or not run.s.start):
+        raise BadInput(
+            f"{where} is of {data.shown(processes)} process(es), not {process_count()}")
     for name in settings_until(content["stage"]):
         if mine[name] != theirs[name] and not (run.s.start and name in TUNED):
             raise BadInput(f"{where} is of another configuration: its {name} is "
@@ -657,8 +665,8 @@ def keep_others_out(folder):
     except OSError:
         file.close()
         raise BadInput(f"another run is writing to {folder}; give another --out") from None
-    for name in ("checkpoint.pt", "config.json", "split.json", "log.jsonl", *RESULTS):
-        for left in folder.glob(f"{name}.*.tmp"):  # of a run that was killed while it wrote
+    for left in folder.glob("*.tmp"):  # of a run that was killed while it wrote
+        if re.fullmatch(r".+\.\d+\.tmp", left.name):
             left.unlink()
     return file
 

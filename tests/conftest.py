@@ -10,6 +10,20 @@ import train
 from tests.helpers import SHARED, generator, own_argv, read_result, settings, write_own
 
 
+def pytest_configure(config):
+    """Name the marker of the large fault campaign."""
+    config.addinivalue_line("markers", "campaign: the whole fault campaign, run by -m campaign")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave the large fault campaign out unless it is asked for."""
+    if "campaign" in (config.option.markexpr or ""):
+        return
+    many = [item for item in items if item.get_closest_marker("campaign")]
+    config.hook.pytest_deselected(items=many)
+    items[:] = [item for item in items if item not in many]
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test begins from the same random numbers."""
