@@ -894,8 +894,8 @@ def sum_features(source, key, name):
     feats = read_features(source, key, name)
     total = square = 0
     for first in range(0, len(feats), 4096):  # a long video is never held as a whole
-        part = np.asarray(feats[first:first + 4096], dtype=np.float64)
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # what is wrong is said below
+            part = np.asarray(feats[first:first + 4096], dtype=np.float64)
             wrong = np.argwhere(~np.isfinite(part.astype(np.float32)))
         if len(wrong):
             step, channel = wrong[0]
