@@ -1,5 +1,6 @@
 """Tests of data.py: annotations, grids, features, splits, crops, batches."""
 import errno
+import json
 
 import numpy as np
 import pytest
@@ -329,3 +330,64 @@ def test_a_file_half_written_does_not_replace_the_old_one(tmp_path):
         data.write_atomically(path, fail)
     assert read_result(path) == {"mAP": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- Real annotations ---------------------------------------------------------------------------
+
+def write_lengths(folder, lengths, name_of):
+    """Feature files of these numbers of steps, of 4 channels: {id: steps}."""
+    x = np.random.default_rng(0).normal(size=(max(lengths.values()), 4)).astype(np.float32)
+    folder.mkdir()
+    for video, steps in lengths.items():
+        file = folder / name_of.format(video)
+        if file.suffix == ".npz":
+            np.savez(file, feats=x[:steps])
+        else:
+            np.save(file, x[:steps])
+
+
+def alarms(*argv):
+    """The warnings about a data set but those about classes that the draw left without a label."""
+    warnings = data.load_dataset(settings(*argv)).warnings
+    return [text for text in warnings if "have no labelled instance" not in text]
+
+
+@needs_shared
+def test_real_annotations_of_thumos_give_no_false_alarm(tmp_path):
+    found = read_result(SHARED / "data/thumos14/i3d_feature_lengths.json")
+    lengths = {name: video["feature_length"] for name, video in found.items()}
+    write_lengths(tmp_path / "features", lengths, "{}.npy")
+    argv = ("--dataset", "thumos", "--annotations", SHARED / "data/thumos14/thumos14.json",
+            "--features", tmp_path / "features", "--ratio", 0.1)
+    assert alarms(*argv) == []
+
+
+@needs_shared
+@pytest.mark.parametrize(("name", "path", "fps", "stride", "frames", "every"), [
+    ("activitynet", "activitynet/activitynet_v1.3.json", 25, 16, 16, 30),
+    ("epic-noun", "epic/epic_kitchens_100_noun_reduced.json", 30, 16, 32, 5),
+])
+def test_real_annotations_give_no_false_alarm(tmp_path, name, path, fps, stride, frames, every):
+    database = read_result(SHARED / "data" / path)["database"]
+    database = dict(list(database.items())[::every])
+    (tmp_path / "some.json").write_text(json.dumps({"database": database}))
+    lengths = {video: max(int((entry["duration"] * fps - frames) // stride) + 1, 1)
+               for video, entry in database.items()}
+    preset = train.PRESETS[name]
+    name_of = f"{preset.get('prefix', '')}{{}}{preset.get('extension', '.npy')}"
+    write_lengths(tmp_path / "features", lengths, name_of)
+    argv = ("--dataset", name, "--annotations", tmp_path / "some.json",
+            "--features", tmp_path / "features", "--ratio", 0.2)
+    assert [text for text in alarms(*argv) if "no grid step" not in text] == []
+
+
+@needs_shared
+@pytest.mark.parametrize(("fps", "words"), [
+    (50, []), (60, ["0.83 times", "--stride 30"]), (40, ["1.25 times", "--stride 20"])])
+def test_a_real_data_set_gives_an_alarm_where_its_fps_is_off(fps, words):
+    hapt = SHARED / "data/hapt"
+    found = alarms("--dataset", hapt / "hapt.json", "--features", hapt / "features",
+                   "--stride", 25, "--frames", 50, "--fps", fps)
+    assert bool(found) == bool(words)
+    for word in words:
+        assert word in found[0]
