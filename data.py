@@ -152,7 +152,8 @@ class CheckedSettings:
 
 
 # Where the files are: a run that moves has them elsewhere.
-PLACES = ("dataset", "root", "annotations", "features", "unlabelled_features", "split")
+PLACES = (
+    "dataset", "root", "annotations", "features", "unlabelled_features", "split", "ext_scores")
 SPLITS = ("uniform", "stratified")
 
 
@@ -186,6 +187,8 @@ class DataSettings(CheckedSettings):
     unlabelled_subset: str = setting(
         "", "subset of more training videos, whose labels are not read")
     ignore_labels: str = setting("", "labels that neither teach nor count, with commas")
+    one_class: bool = setting(
+        False, "detect actions without their classes, which --ext-scores may add [A: ActivityNet]")
     bad_segments: str = setting(
         "error", "what a segment that is empty or outside its video does", ("error", "skip"))
     resize: int = setting(
@@ -209,11 +212,16 @@ class DataSettings(CheckedSettings):
         "from 1 to 8192")
     length_noise: float = setting(
         0.3, "spread of the noise on log length by which videos are sorted into batches [J]")
+    ext_scores: str = of_run(
+        "", "JSON of video-level scores from elsewhere, which name the classes of --one-class")
     audit: bool = of_run(
         False, "report the pseudo labels' quality; reads hidden labels for this only")
 
     def __post_init__(self):
         super().__post_init__()
+        if self.ext_scores and not self.one_class:
+            raise BadInput("setting ext_scores gives classes to a detector without: it needs "
+                           "--one-class")
         if self.ratio and self.split not in SPLITS:
             raise BadInput(f"the split file {short(self.split, 200)} names the labelled videos: it "
                            "does not go with --ratio")
@@ -590,6 +598,28 @@ def read_predictions(path):
     return read_each(results, read_detections, f"prediction file {path}")
 
 
+def read_video_scores(path):
+    """{id: {label: score}} of a file of video-level scores; raises BadInput.
+
+    The file holds "results": {id: scores}, and scores are {label: score}, or as many as the names
+    under "class" (the form that ActivityNet's classifiers are published in)."""
+    what = f"score file {path}"
+    content = read_json(path, "score file")
+    results = content.get("results") if isinstance(content, dict) else None
+    if not isinstance(results, dict):
+        raise BadInput(f'{what} has no "results" of videos')
+    names = content.get("class")
+
+    def read(scores, where):
+        if isinstance(scores, list) and isinstance(names, list) and len(names) == len(scores):
+            scores = dict(zip(map(str, names), scores))
+        if not isinstance(scores, dict) or not scores:
+            raise BadInput(f"{where} it must hold a score for each class, not {shown(scores)}")
+        return {label: number(score, where, "a score") for label, score in scores.items()}
+
+    return read_each(results, read, what)
+
+
 def in_subset(annotations, subset):
     """The annotations {id: Annotation} of a subset, in any letter case."""
     return {name: a for name, a in annotations.items() if a.subset.lower() == subset.lower()}
@@ -608,6 +638,12 @@ def rows_of_annotation(a, which):
         segments=a.segments[np.array(which, dtype=bool)],
         labels=list(compress(a.labels, which)),
         label_ids=list(compress(a.label_ids, which)))
+
+
+def as_one_class(annotations):
+    """The annotations {id: Annotation} with one class for all instances."""
+    return {name: replace(a, labels=["action"] * len(a.labels), label_ids=[])
+            for name, a in annotations.items()}
 
 
 def without_labels(annotations, ignored):
@@ -1324,6 +1360,8 @@ def training_part(chosen, names, videos, sums, s):
     """The fields of a Dataset that training reads; `names` are the labelled videos."""
     train = chosen.annotated | chosen.bare
     classes = class_names(chosen.everything().values())
+    if s.one_class:
+        train, classes = as_one_class(train), ["action"]
 
     def label(names):
         return {name: label_video(videos[name], train[name], classes) for name in names}
@@ -1353,8 +1391,11 @@ def load_dataset(s, trained=None):
     drop_missing(chosen, sources, s)
     truth = truth_of(path, chosen, s)
     names = []
+    if s.one_class and not s.ext_scores:
+        truth = as_one_class(truth)
     if trained:
-        check_known(path, chosen.test, trained["classes"])
+        if not s.one_class:
+            check_known(path, chosen.test, trained["classes"])
     else:
         ratio = s.ratio or (1.0 if chosen.bare else 0.1)
         names = split_videos(chosen.annotated, ratio, s.split, s.seed)

@@ -42,6 +42,7 @@ from data import (
     place_video,
     read_annotations,
     read_predictions,
+    read_video_scores,
     rows,
     say,
     setting,
@@ -237,6 +238,22 @@ def export(videos, detections, classes):
     return {"version": "VERSION 1.3", "results": results, "external_data": {}}
 
 
+def with_video_scores(results, scores_of):
+    """Detections of one class -> of the two classes that score best for their whole video.
+
+    The score is the geometric mean of both, as the public ActionFormer has it. A video without
+    scores of its own has no detection.
+    results  {id: [{"label", "score", "segment"}]}, scores_of {id: {label: score}}"""
+    found = {}
+    for video, detections in results.items():
+        scores = scores_of.get(video) or scores_of.get(f"v_{video}", {})
+        best = sorted(scores, key=scores.get, reverse=True)[:2]
+        found[video] = [d | {"label": label, "score": math.sqrt(d["score"] * max(scores[label], 0))}
+                        for d in detections for label in best]
+        found[video].sort(key=lambda d: -d["score"])
+    return found
+
+
 def export_pseudo_labels(videos, records, classes, status):
     """Pseudo labels {id: record of icd.refine()} in seconds.
 
@@ -347,16 +364,22 @@ def evaluate_detector(detector, data, s):
     """(metrics, predictions) of a detector on the test videos; metrics None without annotations."""
     detections = detect(detector, data.test, data, s)
     predictions = export(data.test, detections, data.classes)
+    if s.ext_scores:
+        results = with_video_scores(predictions["results"], read_video_scores(s.ext_scores))
+        predictions |= {"results": results, "external_data": {"used": True}}
     if not data.ground_truth:
         return None, predictions
     judged = {name: predictions["results"][name] for name in data.ground_truth}
-    return mean_average_precision(data.ground_truth, judged, parse_tious(s.tiou)), predictions
+    metrics = mean_average_precision(data.ground_truth, judged, parse_tious(s.tiou))
+    return metrics | {"external_scores": s.ext_scores}, predictions
 
 
 def table(metrics, title):
     """A table of mAP in percent, with the number of videos, instances and classes."""
     head = "".join(f"{threshold:8.2f}" for threshold in metrics["tiou"])
     body = "".join(f"{100 * value:8.2f}" for value in metrics["mAP"])
+    if metrics.get("external_scores"):
+        title += " with external video-level scores"
     return (f"{title}: {metrics['videos']} videos, {metrics['instances']} instances, "
             f"{len(metrics['ap'])} classes\n"
             f"tIoU  {head}    Avg.\n"
@@ -810,6 +833,7 @@ ARGUMENTS = {
     "--device": "where to detect: auto (the default), cpu, cuda, ...",
     "--pred": "predictions in ActivityNet's result format",
     "--gt": "ground truth in ActivityNet's annotation format",
+    "--ext-scores": "with a detector of --one-class: JSON of video-level scores from elsewhere",
     "--subset": "the test subset, in any letter case (default: the predictions', the run's)",
     "--ignore-labels": "labels of --gt that do not count, with commas",
     "--tiou": "thresholds, start:end:step (default: the checkpoint's, or 0.3:0.7:0.1)",

@@ -145,7 +145,8 @@ MATCHES = ("precision", "recall")
 QUALITY = ("positive_accuracy", "class_accuracy", "mean_tIoU", *MATCHES)
 PROBE_STEPS = 30_000  # that fit, and that test, the probe, drawn at random where there are more
 OF_DATA = (*data.PLACES, "prefix", "extension", "feature_key", "missing", "test_subset")
-OURS = ("--seed", "--out", "--stage", "--start", "--resume", "--audit")  # what rows set themselves
+# What rows set themselves.
+OURS = ("--seed", "--out", "--overwrite", "--stage", "--start", "--resume", "--audit")
 
 
 # ---- Runs ---------------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ def reach(options, stage, runs):
     where = ["--out", str(folder), "--overwrite", *start]
     if (folder / "checkpoint.pt").exists():
         where = ["--resume", str(folder)]
-    code = train.main([*argv, *where, "--audit"])
+    code = train.main([*argv, *where, "--audit", "--no-page"])
     if code:
         raise SystemExit(code)
     if minutes is not None:
@@ -660,6 +661,17 @@ def command_of(options, seed, splits):
     return [*options, "--seed", str(seed), *split]
 
 
+def with_progress(table, rows):
+    """The rows of a table as they come, each with a line about how far it is."""
+    count = len(ROWS.get(table, PROBES.get(table, ())))
+    began = time.time()
+    for done, row in enumerate(rows, 1):
+        if count:
+            minutes = (time.time() - began) / 60 / done * (count - done)
+            data.say(f"table {table}: row {done} of {count} is there, about {minutes:.0f} min left")
+        yield row
+
+
 def make_tables(args, options):
     """Train what the tables need and print them."""
     commands = [command_of(options, seed, args.splits) for seed in args.seeds]
@@ -669,7 +681,7 @@ def make_tables(args, options):
         if table == "S6":
             complexity_table()
             continue
-        rows = list(table_rows(table, commands, args.runs))
+        rows = list(with_progress(table, table_rows(table, commands, args.runs)))
         report.append(f"Table {table}, seeds {seeds}\n\n{markdown(rows)}\n")
     print("\n".join(report))
 

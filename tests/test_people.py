@@ -187,3 +187,40 @@ def test_real_clips_go_through_a_detector_of_their_width(tmp_path):
     assert len(segments) == len(labels) == len(scores) > 0
     with pytest.raises(data.BadInput, match="2048"):
         evaluate.Localizer(tmp_path / "run")(np.zeros((9, 4)))
+
+
+# ---- Classes from elsewhere ---------------------------------------------------------------------
+
+def test_video_level_scores_name_the_classes_of_a_detector_without(own, capsys):
+    argv = own_argv(own, "--one-class", "--stage", "supervised", "--supervised-steps", 60)
+    assert train.main(argv) == 0
+    alone = read_result(own / "run/metrics.json")
+    assert set(alone["ap"]) == {"action"}
+    assert alone["external_scores"] == ""
+    truth = json.loads((own / "own.json").read_text())["database"]
+    labels = {name: [a["label"] for a in entry["annotations"]] for name, entry in truth.items()}
+    lists = {name: [labels[name].count("A"), labels[name].count("B"), 0] for name in labels}
+    content = {"results": lists, "class": ["A", "B", "C"]}
+    (own / "scores.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    evaluating = ("--checkpoint", own / "run", "--ext-scores", own / "scores.json")
+    assert evaluated(*evaluating, "--json", own / "m.json") == 0
+    assert "with external video-level scores" in capsys.readouterr().out
+    named = read_result(own / "m.json")
+    assert set(named["ap"]) == {"A", "B"}
+    assert named["average_mAP"] > 0
+    assert named["external_scores"] == str(own / "scores.json")
+    (own / "scores.json").write_text('{"results": {"v12": [1, 2]}}')
+    refused(["evaluate", *evaluating], capsys, "scores.json", "v12")
+    refused(own_argv(own, "--ext-scores", own / "scores.json"), capsys, "--one-class")
+
+
+def test_each_detection_gets_the_two_best_classes_of_its_video():
+    one = [{"label": "action", "score": 0.25, "segment": [1, 2]}]
+    results = {"a": one, "b": one, "c": one}
+    scores = {"a": {"x": 0.04, "y": 1.0, "z": 0.0}, "v_b": {"x": 0.16}}
+    found = evaluate.with_video_scores(results, scores)
+    assert [(d["label"], d["score"]) for d in found["a"]] == [
+        ("y", pytest.approx(0.5)), ("x", pytest.approx(0.1))]
+    assert [(d["label"], d["score"]) for d in found["b"]] == [("x", pytest.approx(0.2))]
+    assert found["c"] == []
