@@ -172,8 +172,9 @@ def focal_loss(cls_logits, onehot, alpha, gamma):
 def plain_losses(outputs, cls_target, offset_target, use, s):
     """The losses of plain ActionFormer [62], the baseline: what alqa_losses() takes and gives."""
     positive = cls_target.any(-1) & use
-    L_cls = focal_loss(
-        outputs.cls_logits[use], cls_target[use], s.focal_alpha, s.focal_gamma)
+    K = cls_target.shape[-1]
+    smooth = cls_target[use] * (1 - s.label_smoothing) + s.label_smoothing / (K + 1)
+    L_cls = focal_loss(outputs.cls_logits[use], smooth, s.focal_alpha, s.focal_gamma)
     L_diou = diou_loss(outputs.offsets[positive], offset_target[positive])
     return {"cls": L_cls.sum(), "reg": L_diou.sum(), "quality": L_cls.new_zeros(()),
             "positives": positive.sum()}
@@ -234,11 +235,12 @@ def frequency_thresholds(scores_of, theta_fixed):
     """A lower threshold for a rare class, for NPL, as FlexMatch has it (Zhang et al. 2021).
 
     theta_fixed * f / (2 - f), f the number of a class's scores over theta_fixed, as a share of
-    the most frequent class's.
+    the most frequent class's; theta_fixed for all where no score is over it.
     scores_of  the scores (N,) of each class
     ->         a number a class"""
     sure = [int((scores >= theta_fixed).sum()) for scores in scores_of]
-    shares = [count / max(1, *sure) for count in sure]
+    most = max(sure, default=0)
+    shares = [count / most if most else 1 for count in sure]
     return [theta_fixed * f / (2 - f) for f in shares]
 
 

@@ -102,6 +102,7 @@ def refuse(faults):
 MILLION = 10 ** 6
 RANGES = {
     "positive": (1e-12, 1e12),
+    "at least 1": (1, 1e12),
     "not negative": (0, 1e12),
     "a share": (0, 1),
     "a share below 1": (0, 0.999),
@@ -1479,18 +1480,21 @@ def draw_crop(video, s, rng):
 
 
 def load_item(video, data, s, rng=None):
-    """One video as tensors, cropped at random if `rng` is given; a resized one is never cropped.
+    """One video as tensors, cropped at random if `rng` is given, a resized one after resizing.
 
     -> {"id", "video", "feats" (T, D), "start"}, of a LabelledVideo also "segments", "labels"."""
     feats = read_features(video.source, video.key, video.id)
     start, length = 0, video.steps
-    if rng is not None and not video.resized:
+    if rng is not None:
         start, length = draw_crop(video, s, rng)
-        feats = feats[start:start + length]
+    window = slice(start, start + length)
+    if not video.resized:
+        feats = feats[window]
     kind = np.float64 if feats.dtype == np.float64 else np.float32  # far from 0, first to 0
     x = torch.from_numpy(np.array(feats, dtype=kind))
     if video.resized:
-        x = F.interpolate(x.T[None], size=length, mode="linear", align_corners=False)[0].T
+        x = F.interpolate(x.T[None], size=video.steps, mode="linear", align_corners=False)[0].T
+        x = x[window]
     x = ((x - data.mean.to(x.dtype)) / data.std.to(x.dtype)).float()
     if not x.isfinite().all():
         step = int((~x.isfinite()).any(1).nonzero()[0, 0])

@@ -58,7 +58,7 @@ from data import (
     write_json,
     write_text,
 )
-from model import Detector, DetectorSettings, decode, soft_nms, tiou
+from model import Detector, DetectorSettings, decode, soft_nms, tiou, vote
 
 # ---- Settings -----------------------------------------------------------------------------------
 
@@ -91,6 +91,9 @@ class DetectionSettings(DetectorSettings, DataSettings):
     min_length: float = from_stage_2(0.05, "least length of a segment, in steps [A]")
     nms_sigma: float = from_stage_2(0.5, "sigma of Soft-NMS [A]", "positive")
     nms_agnostic: bool = from_stage_2(False, "Soft-NMS over all classes at once [A: ActivityNet]")
+    vote: float = from_stage_2(
+        0.0, "tIoU from which class-agnostic Soft-NMS averages a segment with its neighbours; 0: "
+        "none [A: 0.9 ActivityNet]", "a share")
     max_detections: int = from_stage_2(
         200, "detections kept a video [A]", "from 1 to a million")
     tiou: str = from_stage_2("0.3:0.7:0.1", "thresholds of mAP [S]")
@@ -171,8 +174,10 @@ def suppress(outputs, s):
         group = record["labels"] * (not s.nms_agnostic)
         chosen, decayed = soft_nms(record["segments"], record["scores"], group, s.nms_sigma,
                                    s.min_score, s.max_detections)
-        record = rows(record, chosen) | {"scores": decayed}
-        records.append(rows(record, slice(s.max_detections)))
+        kept = rows(record, chosen) | {"scores": decayed}
+        if s.vote and s.nms_agnostic:
+            kept["segments"] = vote(kept["segments"], record["segments"], record["scores"], s.vote)
+        records.append(rows(kept, slice(s.max_detections)))
     return records
 
 

@@ -136,16 +136,19 @@ def icd_loss(D, bank, batch, number, generator):
 def similarity(D, feats, labels, bank):
     """Eq. (10): s_i = 1 / |F_c| * sum_{f_j in F_c} D(f_i, f_j).
 
-    F_c are all labelled instances of the predicted class c.
+    F_c are all labelled instances of the predicted class c. D is in eval mode; W_1 of Eq. (9) is
+    taken in its two halves, so that each instance is multiplied once, not once a pair.
     feats   (N, D), pooled
     labels  (N,)
     ->      (N,); NaN where the class has no labelled instance"""
+    W_left, W_right = D.W_1.weight.chunk(2, 1)
+    left = feats @ W_left.T + D.W_1.bias  # (N, hidden)
     s = feats.new_zeros(len(feats))
     for c in labels.unique():
-        F_c = bank["feats"][bank["labels"] == c]
+        F_c = bank["feats"][bank["labels"] == c] @ W_right.T
         for i in (labels == c).nonzero()[:, 0]:
-            f_i = feats[i].expand_as(F_c)
-            s[i] = torch.sigmoid(D(f_i, F_c)).mean()  # of nothing: NaN
+            D_i = torch.sigmoid(D.W_2(F.relu(left[i] + F_c)))  # D(f_i, f_j) of all j
+            s[i] = D_i.mean()  # of nothing: NaN
     return s
 
 

@@ -46,6 +46,9 @@ class DetectorSettings(CheckedSettings):
     stem: int = setting(2, "transformer blocks at full length [A]", "from 0 to 64")
     drop_path: float = setting(0.1, "stochastic depth [A]", "a share below 1")
     position: bool = setting(False, "add the absolute position [A: ActivityNet]")
+    input_dropout: float = setting(
+        0.0, "share of the input's numbers that training sets to 0, against memorising the few "
+        "labelled videos [J]", "a share below 1")
     offset_bias: float = setting(
         1.0,
         "start of the offsets, in strides: from 0 those of one side may die in the ReLU [J; A: 0]",
@@ -393,6 +396,7 @@ class Detector(nn.Module):
         super().__init__()
         C = s.channels
         _, ranges = s.levels()
+        self.input_dropout = s.input_dropout
         self.backbone = Backbone(dim_in, s)
         self.cls_trunk = Trunk(C, C)
         self.reg_trunk = Trunk(C, C)
@@ -434,6 +438,7 @@ class Detector(nn.Module):
         coarse = feats.device.type == "cpu" and torch.is_autocast_enabled("cpu")
         rest = self.padded(T, coarse) - T
         mask = F.pad(mask, (0, rest))
+        feats = F.dropout(feats, self.input_dropout, self.training)
         feats = F.pad(feats, (0, 0, 0, rest)).mul_(mask[..., None])
         return self.backbone(feats, mask)
 
@@ -542,3 +547,15 @@ def soft_nms(segments, scores, groups, sigma, min_score, max_num):
     score = torch.from_numpy(score[kept]).to(scores.device)
     score, order = score.sort(descending=True, stable=True)
     return index[row[kept], best[kept]][order], score
+
+
+def vote(kept, segments, scores, overlap):
+    """Segment voting of ActionFormer: each kept segment becomes the mean of its neighbours.
+
+    The mean is over all segments whose tIoU with it is at least `overlap`, itself among them, each
+    with the weight score * tIoU.
+    kept      (M, 2), some of the segments (N, 2), scores (N,)
+    ->        (M, 2)"""
+    near = tiou(kept[:, None], segments)  # (M, N)
+    weight = torch.where(near >= overlap, near * scores, 0)
+    return weight @ segments / weight.sum(1, keepdim=True).clamp(min=1e-12)

@@ -545,9 +545,13 @@ def test_similarity_is_the_mean_over_labelled_instances_of_the_class():
     ("none", "kept kept kept candidate candidate candidate"),
 ])
 def test_refinement_drops_and_mines(switches, expected):
-    def D(a, _):
-        return torch.logit(a[:, 0])
-
+    D = icd.Discriminator(1, 1, 0.0).eval()  # its logit is a's feature less 10
+    D.load_state_dict({
+        "W_1.weight": torch.tensor([[1.0, 0.0]]),
+        "W_1.bias": torch.zeros(1),
+        "W_2.weight": torch.ones(1, 1),
+        "W_2.bias": torch.tensor([-10.0]),
+    })
     s = torch.tensor([0.2, 0.5, 0.9, 0.8, 0.6, 0.9])
     # Class 1 has no labelled instance: its similarity is NaN.
     b = {"feats": torch.zeros(1, 1), "labels": torch.tensor([0])}
@@ -557,7 +561,7 @@ def test_refinement_drops_and_mines(switches, expected):
         "positive": torch.tensor([True, True, True, False, False, False]),
     }
     before = dict(selected)
-    compared = icd.compare(selected, D, b, s[:, None], "max")
+    compared = icd.compare(selected, D, b, s.logit()[:, None] + 10, "max")
     assert compared["similarity"].isnan().tolist() == [False, False, True, False, False, True]
     refined = icd.refine(compared, 0.3, 0.7, switches)
     assert states(refined) == expected.split()

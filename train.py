@@ -75,7 +75,11 @@ class Settings(evaluate.DetectionSettings):
         "computed",
         "tIoU and tND of the soft label Y: of the regressed segments, or the branches' [J]",
         SOFT_LABELS)
-    beta: float = from_stage_2(2.0, "focusing exponent of Eq. (5) [J]")
+    beta: float = from_stage_2(
+        2.0, "focusing exponent of Eq. (5), whose gradient is infinite below 1 [J]", "at least 1")
+    label_smoothing: float = from_stage_2(
+        0.0, "of the targets of the focal loss without quality branches; those of Eq. (5) are soft "
+        "already [A]", "a share")
     focal_alpha: float = from_stage_2(0.25, "focal loss without quality branches [A]")
     focal_gamma: float = from_stage_2(2.0, "focal loss without quality branches [A]")
     theta_l: float = from_stage_3(0.15, "joint scores below are dropped, Eq. (6) [S]", "a share")
@@ -211,6 +215,9 @@ EPIC = PUBLISHED | {
     "pre_nms": 5000,
     "max_detections": 2000,
     "tiou": "0.1:0.5:0.1",
+    "crop_keep": 0.3,
+    "supervised_epochs": 21,
+    "warmup": 0.238,  # 5 of 21 epochs
 }
 OWN = {  # a user's own data
     "channels": 128,
@@ -251,6 +258,11 @@ PRESETS = {
         "lambda_reg": 2.0,
         "nms_sigma": 0.75,
         "nms_agnostic": True,
+        "vote": 0.9,
+        "min_length": 0.001,
+        "label_smoothing": 0.1,
+        "supervised_epochs": 15,
+        "warmup": 1 / 3,
         "max_detections": 100,
         "batch": 16,
         "lr": 1e-3,
@@ -260,7 +272,9 @@ PRESETS = {
         "tiou": "0.5:0.95:0.05",
     },
     "epic-verb": EPIC,
-    "epic-noun": EPIC,
+    "epic-noun": EPIC | {
+        "label_smoothing": 0.1,
+    },
 }
 
 
@@ -973,7 +987,8 @@ def batch_losses(run, batch, instances, branch):
         batch, lam = mix(batch, s.mixup)
     outputs = evaluate.forward(run.detector, batch, s)
     parts = (outputs.cls_logits, outputs.offsets, outputs.p_tiou, outputs.p_tnd)
-    check_finite(run, "output", sum(x.detach().sum() for x in parts).item(), batch["ids"])
+    ids = [video.id for video in batch["videos"]]
+    check_finite(run, "output", sum(x.detach().sum() for x in parts).item(), ids)
     instances = [{key: value.to(s.device) for key, value in r.items()} for r in instances]
     losses = point_losses(run, outputs, instances)
     if lam < 1:

@@ -75,9 +75,17 @@ def test_resizing_keeps_the_seconds(own):
     assert seconds[0].tolist() == pytest.approx([2.0, 8.0], abs=1e-5)
     # The last half step ends where the last feature does.
     assert video.grid.to_seconds(47.5) == pytest.approx(32.5)
-    same_length = data.load_dataset(settings(*own_argv(own, "--resize", 64))).labelled[0]
-    item = data.load_item(same_length, d, s, np.random.default_rng(0))
-    assert len(item["feats"]) == 64  # never cropped
+    s = settings(*own_argv(own, "--resize", 200, "--max-steps", 2304))
+    video = data.load_dataset(s).labelled[0]
+    whole = data.load_item(video, d, s)
+    rng = np.random.default_rng(0)
+    lengths = set()
+    for _ in range(20):
+        item = data.load_item(video, d, s, rng)
+        start, length = item["start"], len(item["feats"])
+        lengths.add(length)
+        assert torch.equal(item["feats"], whole["feats"][start:start + length])
+    assert 180 <= min(lengths) < max(lengths) <= 200
 
 
 def test_a_grid_that_does_not_fit_the_annotations_is_pointed_out(own, capsys):

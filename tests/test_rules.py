@@ -7,8 +7,16 @@ import torch
 
 import alqa
 import data
+import model
 import train
-from tests.helpers import detections, edit, own_argv, settings
+from tests.helpers import (
+    detections,
+    edit,
+    own_argv,
+    refused,
+    settings,
+    small_detector,
+)
 
 
 def test_thresholds_by_class_frequency_are_lower_for_rare_classes():
@@ -16,6 +24,68 @@ def test_thresholds_by_class_frequency_are_lower_for_rare_classes():
     selected, theta = alqa.select({"v": d}, 0.1, "frequency", 0.3, "video")
     assert theta == pytest.approx([0.3, 0.3 * 0.5 / 1.5])
     assert selected["v"]["positive"].tolist() == [True, False, True, False, True]
+
+
+def test_without_a_sure_detection_the_frequency_rule_is_the_fixed_threshold():
+    d = detections(0.2, 0.25, 0.29, labels=[0, 0, 1])
+    selected, theta = alqa.select({"v": d}, 0.1, "frequency", 0.3, "video")
+    assert theta == [0.3, 0.3]
+    assert not selected["v"]["positive"].any()
+    assert alqa.frequency_thresholds([], 0.3) == []
+
+
+def test_label_smoothing_moves_the_targets_of_the_plain_detector_alone():
+    detector = small_detector(alqa="none")
+    out = detector(torch.randn(1, 16, 6), torch.ones(1, 16, dtype=torch.bool))
+    cls, off = model.assign_targets(
+        out.points, [torch.tensor([[2.0, 9.0]])], [torch.tensor([1])], 3, 1.5)
+
+    def cls_of(smoothing):
+        s = train.Settings(alqa="none", label_smoothing=smoothing)
+        return alqa.plain_losses(out, cls, off, out.mask, s)["cls"]
+
+    target = cls[out.mask] * 0.9 + 0.1 / 4
+    expected = alqa.focal_loss(out.cls_logits[out.mask], target, 0.25, 2.0).sum()
+    assert torch.allclose(cls_of(0.1), expected)
+    assert not torch.allclose(cls_of(0.0), expected)
+
+
+def test_beta_below_1_is_refused(capsys):
+    refused(["--beta", "0.9", "--check"], capsys, "beta", "at least 1", "0.9")
+
+
+def test_voting_averages_neighbours_by_score_and_overlap():
+    segments = torch.tensor([[0.0, 10.0], [0.0, 9.0], [50.0, 60.0]])
+    scores = torch.tensor([0.8, 0.4, 0.5])
+    voted = model.vote(segments[[0, 2]], segments, scores, 0.8)
+    end = (0.8 * 10 + 0.4 * 0.9 * 9) / (0.8 + 0.4 * 0.9)
+    assert torch.allclose(voted, torch.tensor([[0.0, end], [50.0, 60.0]]))
+    assert torch.equal(model.vote(segments, segments, scores, 1.0), segments)
+    assert model.vote(segments[:0], segments[:0], scores[:0], 0.9).shape == (0, 2)
+
+
+def test_presets_are_those_of_the_public_files():
+    anet = settings("--dataset", "activitynet")
+    assert (anet.vote, anet.min_length, anet.label_smoothing) == (0.9, 0.001, 0.1)
+    assert (anet.supervised_epochs, anet.crop_min) == (15, 0.9)
+    assert round(anet.supervised_epochs * anet.warmup) == 5
+    noun, verb = (settings("--dataset", f"epic-{part}") for part in ("noun", "verb"))
+    assert (noun.label_smoothing, verb.label_smoothing) == (0.1, 0.0)
+    assert (noun.crop_keep, noun.supervised_epochs) == (0.3, 21)
+    assert round(noun.supervised_epochs * noun.warmup) == 5
+    thumos = settings("--dataset", "thumos")
+    assert (thumos.crop_keep, thumos.supervised_epochs, thumos.vote) == (0.5, 35, 0.0)
+
+
+def test_input_dropout_acts_in_training_alone():
+    detector = small_detector(input_dropout=0.5)
+    feats = torch.randn(1, 16, 6)
+    mask = torch.ones(1, 16, dtype=torch.bool)
+    first, second = (detector(feats, mask).cls_logits for _ in range(2))
+    assert torch.equal(first, second)
+    detector.train()
+    first, second = (detector(feats, mask).cls_logits for _ in range(2))
+    assert not torch.equal(first, second)
 
 
 def test_reranking_lowers_what_is_spread_over_its_length():
