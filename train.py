@@ -318,13 +318,16 @@ class Diverged(BadInput):
 def on_signals(stop):
     """Let Ctrl-C and SIGTERM fill a Stop -> what they did before, {signal: handler}.
 
-    Raises Stopped where no step is under way, and at the second signal."""
+    Raises Stopped where no step is under way, and at the second signal. What the shell ignores,
+    as under nohup, stays ignored."""
     def handle(number, frame):
         again = stop.signal
         stop.signal = number
         if again or not stop.gently:
             raise Stopped
-    return {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM)
+             if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handle) for number in heard}
 
 
 # ---- The run ------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
 """Fixtures of all tests; test_apl.py, one folder up, takes what it needs from here."""
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,8 @@ from tests.helpers import SHARED, generator, own_argv, read_result, settings, wr
 def pytest_configure(config):
     """Name the marker of the large fault campaign."""
     config.addinivalue_line("markers", "campaign: the whole fault campaign, run by -m campaign")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):
