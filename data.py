@@ -165,11 +165,11 @@ class DataSettings(CheckedSettings):
         "toy", "toy, thumos, activitynet, epic-verb, epic-noun, or the path of an annotation JSON")
     root: str = of_run(
         "",
-        "folder of a published dataset, in ActionFormer's layout (default data/thumos and so on)")
+        "folder of a published dataset, in ActionFormer's layout")
     annotations: str = of_run("", "annotation file, in place of the layout's")
     features: str = of_run(
         "",
-        "feature folder, in place of the layout's (of a JSON: the folder features beside it)")
+        "feature folder; none: the layout's, or the folder features beside a JSON")
     unlabelled_features: str = of_run(
         "", "folder whose feature files without an annotation entry are unlabelled videos")
     prefix: str = of_run("", "what stands before a video's id in its feature file's name")

@@ -163,7 +163,7 @@ class Settings(evaluate.DetectionSettings):
         0.999, "decay of the averaged weights, at most (1 + t) / (10 + t) [J]", "a share")
     # run
     out: str = of_run(
-        "", "folder of everything that the run writes (default runs/<dataset>, or a free number)")
+        "", "folder of all that the run writes; none: runs/<dataset>, or the next free number")
     overwrite: bool = of_run(False, "begin anew in a folder that holds a run")
     check: bool = of_run(False, "report on the data and stop")
     stage: str = of_run(
@@ -1242,20 +1242,25 @@ def finish(run):
 # The settings that --help lists first.
 FIRST = ("dataset", "features", "unlabelled_features", "stride", "frames", "fps", "ratio", "split",
          "seed", "channels", "stage", "out", "resume", "check")
-ROOMS = (data.DataSettings, model.DetectorSettings, evaluate.DetectionSettings, Settings)
+ROOMS = {
+    "files, splits, crops and batches": data.DataSettings,
+    "the detector": model.DetectorSettings,
+    "detection and mAP": evaluate.DetectionSettings,
+    "ALQA, ICD, ACP, the loss, training, the run": Settings,
+}
 
 
 def room_of(name):
     """The heading under which --help lists a setting."""
     if name in FIRST:
         return "what matters first"
-    room = next(room for room in ROOMS if name in room.__annotations__)
-    return room.__doc__.split(".")[0].lower()
+    return next(room for room, kind in ROOMS.items() if name in kind.__annotations__)
 
 
 def help_of(f, preset):
     """The help of a setting: what it is, its choices, the default in force."""
     default = preset.get(f.name, f.default)
+    default = "none" if default == "" else default
     allowed = f.metadata["allowed"]
     choices = f"; one of {', '.join(allowed)}" if isinstance(allowed, tuple) else ""
     return f"{f.metadata['comment']}{choices} (default {default})".replace("%", "%%")
@@ -1270,6 +1275,7 @@ def read_arguments(argv):
     dataset = first.parse_known_args(argv)[0].dataset
     parser = evaluate.Parser(
         description=__doc__.split("\n")[0],
+        usage="python train.py [--setting value ...]",
         epilog=f"{legend} The defaults are those in force for --dataset {short(dataset)}.", **flags)
     groups = {room: parser.add_argument_group(room) for room in
               dict.fromkeys(room_of(name) for name in (*FIRST, *Settings.__dataclass_fields__))}
