@@ -107,6 +107,7 @@ RANGES = {
     "a share": (0, 1),
     "a share below 1": (0, 0.999),
     "finite": (-1e12, 1e12),
+    "from -1 to 1": (-1, 1),
     "from 0 to 64": (0, 64),
     "from 0 to 8192": (0, 8192),
     "from 1 to 8192": (1, 8192),

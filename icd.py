@@ -17,6 +17,7 @@ from torch import nn
 STATUS = ("kept", "dropped", "mined", "candidate")
 KEPT, DROPPED, MINED, CANDIDATE = range(4)
 REFINEMENTS = ("none", "eap", "mpp", "eap+mpp")
+SCORES = ("absolute", "relative")  # Eq. (10), or own_minus_other()
 
 
 def pool_instances(feats, segments, pool):
@@ -39,7 +40,12 @@ def pool_instances(feats, segments, pool):
     return pooled
 
 
-def bank_of(videos, pool):
+def standardised(feats):
+    """The features (T, D) of a video, standardised over the video: for relative similarities."""
+    return (feats - feats.mean(0)) / feats.std(0, correction=0).clamp(min=1e-6)
+
+
+def bank_of(videos, pool, score):
     """The labelled instances of an iterable of {"id", "feats", "segments", "labels"} as one record.
 
     Instances of one video with identical boundaries share a key, which Eq. (7) reads (THUMOS14
@@ -49,7 +55,8 @@ def bank_of(videos, pool):
     labels = []
     boundaries = []
     for video in videos:
-        feats.append(pool_instances(video["feats"], video["segments"], pool))
+        x = standardised(video["feats"]) if score == "relative" else video["feats"]
+        feats.append(pool_instances(x, video["segments"], pool))
         labels.append(video["labels"])
         boundaries += [(video["id"], *segment) for segment in video["segments"].tolist()]
     key_of = {}
@@ -152,12 +159,33 @@ def similarity(D, feats, labels, bank):
     return s
 
 
-def compare(record, D, bank, feats, pool):
+# ---- Not in the paper ---------------------------------------------------------------------------
+
+def own_minus_other(D, feats, labels, bank):
+    """The similarity to the predicted class less the largest to another, in [-1, 1].
+
+    An answer to the paper's future work (Sec. 5): 0 is the middle of every class, so that two
+    numbers serve them all. What similarity() takes and gives; 0 is taken off where there is no
+    other class."""
+    other = feats.new_zeros(len(feats))
+    for c in bank["labels"].unique():
+        s_c = similarity(D, feats, torch.full_like(labels, c), bank)
+        other = torch.where(labels == c, other, torch.maximum(other, s_c))
+    return similarity(D, feats, labels, bank) - other
+
+
+# ---- The box ICD of Fig. 1 ----------------------------------------------------------------------
+
+def compare(record, D, bank, feats, pool, score):
     """A video's detections with their "similarity" (N,), D in eval mode.
 
-    feats  (T, D), the video's input features"""
+    feats  (T, D), the video's input features
+    score  one of SCORES"""
+    if score == "relative":
+        feats = standardised(feats)
     pooled = pool_instances(feats, record["segments"], pool)
-    return record | {"similarity": similarity(D, pooled, record["labels"], bank).cpu()}
+    similarity_of = own_minus_other if score == "relative" else similarity
+    return record | {"similarity": similarity_of(D, pooled, record["labels"], bank).cpu()}
 
 
 def refine(record, theta_drop, theta_mine, switches):

@@ -561,7 +561,7 @@ def test_refinement_drops_and_mines(switches, expected):
         "positive": torch.tensor([True, True, True, False, False, False]),
     }
     before = dict(selected)
-    compared = icd.compare(selected, D, b, s.logit()[:, None] + 10, "max")
+    compared = icd.compare(selected, D, b, s.logit()[:, None] + 10, "max", "absolute")
     assert compared["similarity"].isnan().tolist() == [False, False, True, False, False, True]
     refined = icd.refine(compared, 0.3, 0.7, switches)
     assert states(refined) == expected.split()
@@ -585,7 +585,7 @@ def test_bank_gives_one_key_to_a_twice_labelled_segment():
     labels = torch.tensor([0, 1, 0])
     videos = [{"id": name, "feats": torch.randn(9, 4), "segments": segments, "labels": labels}
               for name in "ab"]
-    b = icd.bank_of(iter(videos), "max")
+    b = icd.bank_of(iter(videos), "max", "absolute")
     assert b["keys"].tolist() == [0, 0, 1, 2, 2, 3]
     assert b["videos"] == ["a"] * 3 + ["b"] * 3
     assert b["feats"].shape == (6, 4)

@@ -54,7 +54,7 @@ from data import (
     several,
     short,
 )
-from icd import REFINEMENTS
+from icd import REFINEMENTS, SCORES
 
 STAGES = ("pretrain", "supervised", "joint")
 AFTER = ("none", "labelled", "labelled+unlabelled")  # the rows of Tab. S4
@@ -102,10 +102,14 @@ class Settings(evaluate.DetectionSettings):
     icd: str = from_stage_3(
         "eap+mpp",
         "drop ambiguous positives (eap), mine potential ones (mpp) [S]", REFINEMENTS)
+    icd_score: str = from_stage_2(
+        "absolute",
+        "similarity to the class [S]; relative: less that to the next best, for thresholds around "
+        "0 (-0.2 and 0.2) [J]", SCORES)
     theta_drop: float = from_stage_3(
-        0.3, "positives of a smaller similarity are dropped [S]", "a share")
+        0.3, "positives of a smaller similarity are dropped [S]", "from -1 to 1")
     theta_mine: float = from_stage_3(
-        0.7, "candidates of a larger similarity are mined [S]", "a share")
+        0.7, "candidates of a larger similarity are mined [S]", "from -1 to 1")
     icd_pairs: int = from_stage_2(
         10, "instances of the same class and of others, Eq. (7) [S]", "from 1 to 8192")
     icd_pool: str = from_stage_2("max", "pooling over time [S: max]", ("max", "mean"))
@@ -375,7 +379,7 @@ def begin(s, dataset):
     discriminator = icd.Discriminator(dataset.dim, s.icd_hidden, s.icd_dropout).to(s.device)
     adam = torch.optim.Adam(discriminator.parameters(), lr=s.icd_lr)
     labelled = (data.load_item(video, dataset, s) for video in dataset.labelled)
-    bank = icd.bank_of(labelled, s.icd_pool)
+    bank = icd.bank_of(labelled, s.icd_pool, s.icd_score)
     bank["feats"] = bank["feats"].to(s.device)
     t_plus = torch.full((2,), s.t_plus, device=s.device)
     stage = "pretrain" if s.acp != "none" else "supervised"
@@ -1044,7 +1048,7 @@ def compare_all(run, selected):
     for video in data.share_of(run.data.unlabelled):
         feats = data.load_item(video, run.data, s)["feats"].to(s.device)
         compared[video.id] = icd.compare(
-            selected[video.id], run.discriminator, run.bank, feats, s.icd_pool)
+            selected[video.id], run.discriminator, run.bank, feats, s.icd_pool, s.icd_score)
     compared = data.dict_of_all(compared)
     return {name: compared[name] for name in selected}
 

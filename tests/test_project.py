@@ -162,5 +162,6 @@ def test_every_switch_has_its_choices_in_the_components():
     assert choices["threshold"] is alqa.THRESHOLDS
     assert choices["scope"] is alqa.SCOPES
     assert choices["icd"] is icd.REFINEMENTS
+    assert choices["icd_score"] is icd.SCORES
     assert choices["acp"] is acp.ACP
     assert choices["acp_after"] is train.AFTER

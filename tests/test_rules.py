@@ -7,6 +7,7 @@ import torch
 
 import alqa
 import data
+import icd
 import model
 import train
 from tests.helpers import (
@@ -75,6 +76,26 @@ def test_presets_are_those_of_the_public_files():
     assert round(noun.supervised_epochs * noun.warmup) == 5
     thumos = settings("--dataset", "thumos")
     assert (thumos.crop_keep, thumos.supervised_epochs, thumos.vote) == (0.5, 35, 0.0)
+
+
+def test_relative_similarity_is_the_own_class_less_the_best_other():
+    D = icd.Discriminator(4, 16, 0.5).eval()
+    bank = {"feats": torch.randn(5, 4), "labels": torch.tensor([0, 0, 1, 2, 2])}
+    feats = torch.randn(4, 4)
+    labels = torch.tensor([0, 1, 2, 3])  # no labelled instance of class 3
+    s = icd.own_minus_other(D, feats, labels, bank)
+    for i in range(3):
+        of_class = [float(icd.similarity(D, feats[i:i + 1], torch.tensor([c]), bank))
+                    for c in range(3)]
+        other = max(value for c, value in enumerate(of_class) if c != i)
+        assert float(s[i]) == pytest.approx(of_class[i] - other, abs=1e-6)
+    assert s[3].isnan()
+    one = {"feats": bank["feats"][:2], "labels": bank["labels"][:2]}
+    first = icd.similarity(D, feats[:1], labels[:1], one)
+    assert torch.equal(icd.own_minus_other(D, feats[:1], labels[:1], one), first)
+    x = icd.standardised(torch.randn(50, 4) * 7 + 3)
+    assert torch.allclose(x.mean(0), torch.zeros(4), atol=1e-5)
+    assert torch.allclose(x.std(0, correction=0), torch.ones(4), atol=1e-5)
 
 
 def test_input_dropout_acts_in_training_alone():

@@ -266,6 +266,7 @@ def test_class_without_labelled_instance_and_a_video_of_one_step(own, capsys):
     "--icd none",
     "--icd eap",
     "--icd mpp",
+    "--icd-score relative --theta-drop -0.2 --theta-mine 0.2",
     "--acp none",
     "--acp coarse",
     "--acp fine",
