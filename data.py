@@ -315,7 +315,7 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:  # torch.save: "failed writing", the cause behind it
         cause = error if isinstance(error, OSError) else error.__context__
         reason = getattr(cause, "strerror", None) or "the disk may be full"
-        raise BadInput(f"{path} cannot be written: {reason}") from None
+        raise BadInput(f"{short(path, 200)} cannot be written: {reason}") from None
 
 
 def write_text(path, text):
@@ -580,6 +580,15 @@ def read_annotations(path):
     return read_each(database, read_annotation, f"annotation file {path}")
 
 
+def read_results(path, what):
+    """({id: ...} under "results" of a JSON file, its whole content); raises BadInput."""
+    content = read_json(path, what)
+    results = content.get("results") if isinstance(content, dict) else None
+    if not isinstance(results, dict):
+        raise BadInput(f'{what} {path} has no "results" of videos')
+    return results, content
+
+
 def read_detections(found, where):
     """The detections [{"label", "score", "segment"}] of a video; raises BadInput."""
     if not isinstance(found, list) or not all(isinstance(d, dict) for d in found):
@@ -593,10 +602,7 @@ def read_detections(found, where):
 
 def read_predictions(path):
     """{id: detections} of a file in ActivityNet's result format; raises BadInput for another."""
-    content = read_json(path, "prediction file")
-    results = content.get("results") if isinstance(content, dict) else None
-    if not isinstance(results, dict):
-        raise BadInput(f'prediction file {path} has no "results" of videos')
+    results, _ = read_results(path, "prediction file")
     return read_each(results, read_detections, f"prediction file {path}")
 
 
@@ -605,11 +611,7 @@ def read_video_scores(path):
 
     The file holds "results": {id: scores}, and scores are {label: score}, or as many as the names
     under "class" (the form that ActivityNet's classifiers are published in)."""
-    what = f"score file {path}"
-    content = read_json(path, "score file")
-    results = content.get("results") if isinstance(content, dict) else None
-    if not isinstance(results, dict):
-        raise BadInput(f'{what} has no "results" of videos')
+    results, content = read_results(path, "score file")
     names = content.get("class")
 
     def read(scores, where):
@@ -619,7 +621,7 @@ def read_video_scores(path):
             raise BadInput(f"{where} it must hold a score for each class, not {shown(scores)}")
         return {label: number(score, where, "a score") for label, score in scores.items()}
 
-    return read_each(results, read, what)
+    return read_each(results, read, f"score file {path}")
 
 
 def in_subset(annotations, subset):
@@ -831,6 +833,15 @@ def open_zip(path, what):
         raise BadInput(f"{what} {path} cannot be read: its part {short(broken)} is damaged")
 
 
+def load_torch(path, what):
+    """The content of a file of torch.save, on the CPU; raises BadInput."""
+    open_zip(path, what)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch.load raises a dozen kinds, and its words advise to unpickle
+        raise BadInput(f"{what} {path} cannot be read: it holds no tensors alone") from None
+
+
 def read_npy(path, key, what):
     """The array of a .npy file, memory-mapped."""
     feats = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -860,8 +871,7 @@ def read_npz(path, key, what):
 
 def read_pt(path, key, what):
     """The tensor of a .pt file, or that under `key` of its dict."""
-    open_zip(path, what)
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = load_torch(path, what)
     if isinstance(content, dict):
         if key not in content:
             raise BadInput(f"{what} {path} holds no tensor named {key!r} (--feature-key), only "
@@ -896,15 +906,23 @@ def read_csv(path, key, what):
 READERS = {".npy": read_npy, ".npz": read_npz, ".pt": read_pt, ".pth": read_pt, ".csv": read_csv}
 
 
+def check_array(feats, where):
+    """The features, if they are real numbers of shape (T, D), T and D over 0; else BadInput."""
+    if feats.ndim != 2 or 0 in feats.shape or feats.dtype.kind not in "fiu":
+        raise BadInput(f"{where} must hold real numbers of shape (T, D), not "
+                       f"{short(feats.dtype)} {short(feats.shape)}")
+    return feats
+
+
 def read_features(source, key, name):
     """Features (T, D), memory-mapped where possible, read without executing anything.
 
     source  a file .npy, .npz, .pt or .csv, or an array
     key     the name of the array in .npz and .pt files
     Raises BadInput if the file is missing, truncated, pickled, of another shape or empty."""
-    if isinstance(source, np.ndarray):
-        return source
     what = f"video {short(name)}: feature file"
+    if isinstance(source, np.ndarray):
+        return check_array(source, f"video {short(name)}: the array")
     check_file(source, what)
     suffix = Path(source).suffix
     if suffix not in READERS:
@@ -919,10 +937,7 @@ def read_features(source, key, name):
     except Exception:  # numpy and torch raise a dozen kinds, whose words advise to unpickle
         raise BadInput(f"{what} {source} cannot be read as an array of numbers: it is damaged, "
                        "pickled or of another kind") from None
-    if feats.ndim != 2 or 0 in feats.shape or feats.dtype.kind not in "fiu":
-        raise BadInput(f"{what} {source} must hold real numbers of shape (T, D), not "
-                       f"{short(feats.dtype)} {short(feats.shape)}")
-    return feats
+    return check_array(feats, f"{what} {source}")
 
 
 def sum_features(source, key, name):
@@ -1114,9 +1129,8 @@ def check_subset(path, annotations, subset, flag):
     """The annotations {id: Annotation} of a subset; raises BadInput if there is none."""
     found = in_subset(annotations, subset)
     if not found:
-        without = "; none: no test" if flag == "--test-subset" else ""
-        raise BadInput(f"annotation file {path} has no video of the subset {shown(subset)} ({flag}"
-                       f"{without}), only of {subsets_of(annotations)}")
+        raise BadInput(f"annotation file {path} has no video of the subset {shown(subset)} "
+                       f"({flag}), only of {subsets_of(annotations)}")
     return found
 
 
@@ -1168,10 +1182,14 @@ def take_files_without_entry(chosen, annotations, sources, s):
 def choose_videos(path, annotations, sources, s, trained):
     """The Chosen videos; adds the sources of files without an entry. Raises BadInput."""
     chosen = Chosen({}, {}, {})
-    if s.test_subset != "none":
-        chosen.test = check_subset(path, annotations, s.test_subset, "--test-subset")
+    subsets = {a.subset.lower() for a in annotations.values()}
+    if s.test_subset != "none" and (trained or subsets != {s.train_subset.lower()}):
+        flag = "--subset" if trained else "--test-subset NAME, or none"
+        chosen.test = check_subset(path, annotations, s.test_subset, flag)
     if trained:
         return chosen
+    if not chosen.test:
+        chosen.warnings.append("there are no test videos, so no mAP")
     chosen.annotated, chosen.bare = choose_training(path, annotations, s)
     overlap = (chosen.annotated | chosen.bare).keys() & chosen.test.keys()
     if overlap:
@@ -1232,9 +1250,9 @@ def check_segments(a, video, where):
     """Raise BadInput for the segments of an Annotation that lie outside their Video."""
     bad = rows_of_annotation(a, ~good_segments(a, video.duration)).segments.tolist()
     if bad:
-        number = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise BadInput(
-            f"{where} the segment {bad[0]}{number} ends before it starts or lies outside the video "
+            f"{where} the segment {bad[0]}{others} ends before it starts or lies outside the video "
             f"(duration {video.duration:g}){unit_of(a, video.duration, video.grid.fps)}; "
             "--bad-segments skip leaves such segments out")
 
@@ -1282,7 +1300,8 @@ def check_spans(videos, annotations, s, dim):
     spans = np.array([v.grid.span(v.steps) for v in known])
     durations = np.array([v.duration for v in known])
     ratio = float(np.median(spans / durations))
-    window = max(s.stride, s.frames) / np.median([v.grid.fps for v in known])
+    frames = min(max(s.stride, s.frames), 8 * s.stride)  # where --frames is wrong, not more
+    window = frames / np.median([v.grid.fps for v in known])
     far = np.abs(spans - durations) > window
     if abs(ratio - 1) > 0.05 and np.median(np.abs(spans - durations)) > window:
         text = (f"the features span {ratio:.2f} times the duration that the annotations say "
@@ -1445,7 +1464,7 @@ def describe(dataset, s):
     for low, high in s.levels()[1]:
         inside = int(((half >= low) & (half <= high)).sum())
         shares.append(f"{low:g}-{high:g} {percent(inside, instances)}".replace("-inf", "+"))
-    lines.append(f"half a segment's steps, a level each: {', '.join(shares)}")
+    lines.append(f"segments by level (half their steps): {', '.join(shares)}")
     return lines
 
 

@@ -1,7 +1,7 @@
 """Detection with the joint score, and mAP exactly as the ActivityNet toolkit computes it.
 
-    python evaluate.py --checkpoint runs/hapt                           mAP on its test videos
-    python evaluate.py --checkpoint runs/hapt --features new.npy        what happens in a new video
+    python evaluate.py --checkpoint runs/my                        mAP on its test videos
+    python evaluate.py --checkpoint runs/my --features new.npy     what happens in a new video
     python evaluate.py --pred pred.json --gt gt.json --subset test --tiou 0.3:0.7:0.1
 
 Evaluating changes nothing: no checkpoint is written, no epoch is chosen. Only detections of equal
@@ -37,8 +37,8 @@ from data import (
     from_stage_2,
     load_dataset,
     load_item,
+    load_torch,
     of_run,
-    open_zip,
     place_video,
     read_annotations,
     read_predictions,
@@ -183,7 +183,7 @@ def suppress(outputs, s):
 
 def check_outputs(outputs, videos):
     """Raise BadInput for NaN or infinity in the outputs of a batch."""
-    for x in (outputs.cls_logits, outputs.offsets, outputs.p_tiou, outputs.p_tnd):
+    for x in outputs.predictions():
         if not x.isfinite().all():
             raise BadInput(f"the detector gives NaN or infinity for the videos "
                            f"{several([video.id for video in videos])}: their features, "
@@ -502,11 +502,7 @@ def read_checkpoint(path):
         whole, small = path / "checkpoint.pt", path / "detector.pt"
         path = small if small.exists() and not whole.exists() else whole
     where = f"checkpoint {path}"
-    open_zip(path, "checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch.load raises a dozen kinds, and its words advise to unpickle
-        raise BadInput(f"{where} cannot be read: it is not of train.py") from None
+    content = load_torch(path, "checkpoint")
     if not isinstance(content, dict) or not CHECKPOINT <= set(content):
         raise BadInput(f"{where} cannot be read: it is not of train.py, or of another version")
     s = check_settings(content["settings"], DetectionSettings, where)
@@ -592,14 +588,13 @@ def read_weights(path):
     """{name: tensor} of a checkpoint, ours or the public ActionFormer's; averaged ones if it can.
 
     Raises BadInput."""
-    open_zip(path, "checkpoint")
+    content = load_torch(path, "checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
         parts = ("state_dict_ema", "state_dict", "ema", "detector")
         state = next((content[part] for part in parts if part in content), content)
         state = {key.removeprefix("module."): value for key, value in state.items()
                  if isinstance(value, torch.Tensor) and value.isfinite().all()}
-    except Exception:  # as in read_checkpoint()
+    except (TypeError, AttributeError, RuntimeError):
         raise BadInput(f"checkpoint {path} cannot be read: it holds no weights") from None
     return public_weights(state) if any("backbone.embd." in key for key in state) else state
 
@@ -650,10 +645,14 @@ class Localizer:
         duration  seconds; without it the features' span
         ->        segments (N, 2) in seconds, N labels, scores (N,)
         Raises BadInput for another D."""
+        if not isinstance(feats, (str, Path)):
+            feats = np.asarray(feats)
         steps, mean, _ = sum_features(feats, self.s.feature_key, name)
         if len(mean) != len(self.mean):
             raise BadInput(f"{name} has features of {len(mean)} channels, the training had "
                            f"{len(self.mean)}")
+        if duration is not None and not 0 < duration < MILLION:
+            raise BadInput(f"{name}: a duration must be positive, not {duration}")
         if self.s.stride == 0 and not duration:
             raise BadInput(f"{name}: give its duration in seconds, which --stride 0 needs")
         video = place_video(name, unknown_video("", duration, self.fps), feats, steps, self.s)
@@ -668,10 +667,11 @@ def feature_files(path):
     path = Path(path)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in files if file == path or file.suffix in READERS]
-    if not files:
-        raise BadInput(f"{path} holds no feature file {', '.join(READERS)}")
     folder = path if path.is_dir() else path.parent
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+    found = {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+    if len(found) < len(files) or not files:
+        raise BadInput(f"{path} must hold one feature file a video ({', '.join(READERS)})")
+    return found
 
 
 def clock(seconds, mark="."):
@@ -704,35 +704,42 @@ def csv_table(found):
     return text.getvalue()
 
 
-def write_found(path, found):
-    """Write {video: [{"segment", "label", "score"}]}: JSON, CSV or SRT, as the ending says.
+def check_ending(path, videos):
+    """Raise BadInput for an ending that write_found() does not know, or not for several videos."""
+    ending = Path(path).suffix
+    if ending not in (".json", ".csv", ".srt") or ending == ".srt" and videos > 1:
+        raise BadInput(f"--out {path} must end in .json, .csv or, for one video, .srt")
 
-    Raises BadInput for another ending, and for subtitles of several videos."""
+
+def write_found(path, found):
+    """Write {video: [{"segment", "label", "score"}]}: JSON, CSV or SRT, as the ending says."""
     ending = Path(path).suffix
     if ending == ".json":
         content = {"version": "VERSION 1.3", "results": found, "external_data": {}}
         write_json(path, content, indent=1)
     elif ending == ".csv":
         write_text(path, csv_table(found))
-    elif ending == ".srt" and len(found) == 1:
-        write_text(path, subtitles(*found.values()))
     else:
-        raise BadInput(f"--out {path} must end in .json, .csv or, for one video, .srt")
+        write_text(path, subtitles(*found.values()))
 
 
 def find_actions(args):
     """Print, and write to --out, what happens in the feature files of --features."""
     changes = {name: value for name, value in vars(args).items()
-               if name in ("fps", "stride", "frames", "weights", "device") and value is not None}
+               if name in LOCALIZER and value is not None}
     localize = Localizer(args.checkpoint, **changes)
+    least = 0.3 if args.min_score is None else args.min_score
+    files = feature_files(args.features)
+    if args.out:
+        check_ending(args.out, len(files))
     found = {}
-    for name, file in feature_files(args.features).items():
+    for name, file in files.items():
         segments, labels, scores = localize(file, args.duration, name)
         found[name] = [
             {"segment": [round(t, 2) for t in segment], "label": label, "score": round(score, 2)}
             for segment, label, score in zip(segments.tolist(), labels, scores.tolist())
-            if score >= args.min_score]
-        say(f"{short(name)}: {len(found[name])} actions of a score of at least {args.min_score:g}")
+            if score >= least]
+        say(f"{short(name)}: {len(found[name])} actions of a score of at least {least:g}")
         for a in found[name]:
             start, end = a["segment"]
             say(f"{clock(start):>9} - {clock(end):>8}  {a['score']:.2f}  {short(a['label'])}")
@@ -767,6 +774,10 @@ def evaluate_checkpoint(args):
     if s.test_subset == "none":
         raise BadInput("the run was trained without a test set: name one by --subset")
     data = load_dataset(s, content)
+    seen = [video.id for video in data.test if video.id in content.get("fingerprint", ())]
+    if seen:
+        data.warnings.append(f"{len(seen)} of {len(data.test)} test videos were training videos: "
+                             f"{several(seen, 3)}")
     warn(data.warnings)
     detector = load_detector(content, s)
     metrics, _ = evaluate_detector(detector, data, s)
@@ -830,6 +841,7 @@ ARGUMENTS = {
     "--checkpoint": "a run's folder, its checkpoint.pt or detector.pt",
     "--features": "a new video's feature file, or a folder of them: print what happens there",
     "--out": "... and write it here: .json, .csv, or for one video .srt",
+    "--feature-key": "name of the array in .npz and .pt files of new videos",
     "--dataset": "evaluate on its test videos: the annotation file, where it has moved; with it "
                  "--features is the feature folder",
     "--root": "the folder of a published dataset, where it has moved",
@@ -849,7 +861,26 @@ NUMBERS = {
     "--stride": "frames between two features of new videos (default: the training's)",
     "--frames": "frames that a feature sees, of new videos (default: the training's)",
     "--duration": "seconds of a new video (default: what its features span)",
+    "--min-score": "least score of new videos' actions (default: 0.3)",
 }
+
+
+# Settings of new videos, and the arguments of each mode.
+LOCALIZER = {"fps", "stride", "frames", "weights", "device", "feature_key"}
+MODES = {
+    "new": LOCALIZER | {"checkpoint", "features", "out", "duration", "min_score"},
+    "test": {"checkpoint", "dataset", "root", "annotations", "features", "missing", "device",
+             "ext_scores", "subset", "tiou", "json", "weights"},
+    "predictions": {"pred", "gt", "subset", "ignore_labels", "tiou", "json"},
+}
+
+
+def mode_of(args):
+    """Which of MODES a command line asks for."""
+    if args.pred:
+        return "predictions"
+    moved = args.dataset or args.annotations or args.root
+    return "new" if args.features and not moved else "test"
 
 
 def parse(argv):
@@ -860,15 +891,18 @@ def parse(argv):
     for flag, comment in NUMBERS.items():
         parser.add_argument(flag, type=float, help=comment)
     parser.add_argument(
-        "--min-score", type=float, default=0.3, help="least score of new videos' actions (0.3)")
-    parser.add_argument(
         "--weights", choices=("ema", "raw"),
         help="which weights of the checkpoint (default: as it was trained)")
     args = parser.parse_args(argv)
     if bool(args.checkpoint) == bool(args.pred) or bool(args.pred) != bool(args.gt):
         parser.error("give either --checkpoint, or --pred and --gt")
-    if args.features and args.pred:
-        parser.error("--features goes with --checkpoint")
+    given = {name for name, value in vars(args).items() if value is not None}
+    other = given - MODES[mode_of(args)]
+    if other:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(other))
+        parser.error(f"{flags} cannot go with what else is given")
+    if args.min_score is not None and not 0 <= args.min_score <= 1:
+        parser.error(f"--min-score must be from 0 to 1, not {args.min_score}")
     return args
 
 
@@ -876,10 +910,11 @@ def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
     try:
         args = parse(argv)
-        if args.features and not (args.dataset or args.annotations or args.root):
+        mode = mode_of(args)
+        if mode == "new":
             find_actions(args)
             return 0
-        evaluate = evaluate_checkpoint if args.checkpoint else evaluate_predictions
+        evaluate = evaluate_checkpoint if mode == "test" else evaluate_predictions
         metrics, title = evaluate(args)
         if args.json:
             write_json(args.json, metrics)

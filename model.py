@@ -388,6 +388,10 @@ class Outputs(NamedTuple):
     levels: list  # [(B, T_l, C)]
     masks: list  # [(B, T_l)]
 
+    def predictions(self):
+        """What the heads give."""
+        return self.cls_logits, self.offsets, self.p_tiou, self.p_tnd
+
 
 class Detector(nn.Module):
     """ActionFormer with quality branches, as DetectorSettings `s` describe it."""

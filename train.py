@@ -58,7 +58,7 @@ from icd import REFINEMENTS, SCORES
 
 STAGES = ("pretrain", "supervised", "joint")
 AFTER = ("none", "labelled", "labelled+unlabelled")  # the rows of Tab. S4
-BRANCHES = ("labelled", "unlabelled")  # of Eq. (12)
+KINDS = ("labelled", "unlabelled")  # of the two losses of Eq. (12)
 LABELLED, UNLABELLED = range(2)
 
 
@@ -363,7 +363,7 @@ class Run:
     supervised_mAP: float = None  # the average at the end of stage 2
     clock: tuple = None  # (step, time) when the stage began or went on
     losses: list = field(default_factory=list)  # of the epoch's steps
-    parts: dict = field(default_factory=dict)  # of the last step's loss
+    parts: list = field(default_factory=list)  # of the epoch's losses, a dict a step
     rows: list = field(default_factory=list)  # of the log, until the folder is this run's
     saved: bool = False  # whether the files in the folder are this run's
     lock: object = None  # the open file that keeps other runs out of the folder
@@ -780,8 +780,11 @@ def show_epoch(run, count):
         return
     words = [f"{run.stage:<10} {run.epoch:>3}/{count}  loss {np.mean(run.losses):.3f}"]
     for prefix, kind in (("", ""), ("unsup_", "pseudo: ")):
-        shown = [f"{key} {run.parts[prefix + key] / run.parts[prefix + 't_plus']:.3f}"
-                 for key in ("cls", "reg") if prefix + key in run.parts]
+        steps = [part for part in run.parts if prefix + "t_plus" in part]
+        shown = []
+        for key in ("cls", "reg") if steps else ():
+            each = [part[prefix + key] / part[prefix + "t_plus"] for part in steps]
+            shown.append(f"{key} {torch.stack(each).mean():.3f}")
         if shown:
             words.append(kind + " ".join(shown))
     line = "  ".join([*words, time_left(run)])
@@ -827,7 +830,7 @@ def epochs(run, stage, count, steps):
         run.detector.train()
         run.discriminator.train()
         run.stop.gently = True
-        run.losses = []
+        run.losses, run.parts = [], []
         yield np.random.default_rng(seeds)
         run.epoch += 1
         run.done = 0
@@ -901,12 +904,13 @@ def advance(run, loss, parts, ids):
     run.done += 1
     run.ema_step += 1
     run.losses.append(loss.item())
-    run.parts = {key: torch.as_tensor(value).detach() for key, value in parts.items()}
+    parts = {key: torch.as_tensor(value).detach() for key, value in parts.items()}
+    run.parts.append(parts)
     show_progress(run)
     if run.step % s.log_every == 0 or run.step == run.total:
         first, since = run.clock
         rate = (run.step - first) / max(time.time() - since, 1e-9)
-        parts = {key: float(value) for key, value in run.parts.items()}
+        parts = {key: float(value) for key, value in parts.items()}
         log(run, step=run.step, of=run.total, steps_a_second=rate,
             seconds_left=(run.total - run.step) / rate, loss=loss.item(), **parts)
     if is_stopped(run):
@@ -993,9 +997,9 @@ def batch_losses(run, batch, instances, branch):
     if s.mixup and branch == LABELLED:
         batch, lam = mix(batch, s.mixup)
     outputs = evaluate.forward(run.detector, batch, s)
-    parts = (outputs.cls_logits, outputs.offsets, outputs.p_tiou, outputs.p_tnd)
     ids = [video.id for video in batch["videos"]]
-    check_finite(run, "output", sum(x.detach().sum() for x in parts).item(), ids)
+    total = sum(x.detach().sum() for x in outputs.predictions())
+    check_finite(run, "output", total.item(), ids)
     instances = [{key: value.to(s.device) for key, value in r.items()} for r in instances]
     losses = point_losses(run, outputs, instances)
     if lam < 1:
@@ -1005,7 +1009,7 @@ def batch_losses(run, batch, instances, branch):
     momentum = s.t_plus_momentum
     run.t_plus[branch] = momentum * run.t_plus[branch] + (1 - momentum) * positives
     L_acp = torch.zeros((), device=s.device)
-    if s.acp != "none" and BRANCHES[branch] in s.acp_after.split("+"):  # Tab. S4
+    if s.acp != "none" and KINDS[branch] in s.acp_after.split("+"):  # Tab. S4
         feats = batch["feats"].to(s.device)
         L_acp = acp.acp_loss((outputs.levels, outputs.masks), feats, instances,
                              len(run.data.classes), s, run.generator)
@@ -1066,9 +1070,9 @@ def make_pseudo_labels(run):
                for name, record in compared.items()}
     theta_h = float(np.mean(theta_h)) if theta_h else None
     if not any(is_taught(record).any() for record in refined.values()):
-        best = max(column(detections, "scores").tolist(), default=None)
-        note(run, f"no pseudo label: theta_l is {s.theta_l}, theta_h {theta_h}, the best score "
-                  f"{best}; stage 3 learns from the labelled videos alone")
+        best = max(column(detections, "scores").tolist(), default=0)
+        note(run, f"no pseudo label: the best score is {best:.3f}, theta_l {s.theta_l}, "
+                  f"theta_h {theta_h}; stage 3 learns from the labelled videos alone")
     return refined, theta_h
 
 
@@ -1093,6 +1097,17 @@ def log_pseudo_labels(run):
     quality = evaluate.pseudo_label_quality(judged, run.data.hidden) if run.s.audit else {}
     log(run, positives=kept + dropped, candidates=mined + candidates, dropped=dropped, mined=mined,
         theta_h=run.theta_h, silent=sum(len(r["labels"]) == 0 for r in taught.values()), **quality)
+
+
+def refresh_pseudo_labels(run):
+    """Make the pseudo labels before the first epoch, or every s.refresh epochs, and log them."""
+    if run.done:  # in the midst of an epoch that was stopped
+        return
+    if run.pseudo is None or run.s.refresh and run.epoch % run.s.refresh == 0:
+        run.pseudo, run.theta_h = make_pseudo_labels(run)
+        run.detector.train()
+        show_pseudo_labels(run)
+    log_pseudo_labels(run)
 
 
 # ---- The three stages ---------------------------------------------------------------------------
@@ -1129,14 +1144,8 @@ def joint(run):
     labelled, unlabelled = run.data.labelled, run.data.unlabelled
     count, steps = plan_of(run)["joint"]
     for rng in epochs(run, "joint", count, steps):  # saves after each
+        refresh_pseudo_labels(run)
         done = run.done
-        if run.pseudo is None or s.refresh and run.epoch % s.refresh == 0 and not done:
-            run.pseudo, run.theta_h = make_pseudo_labels(run)
-            run.detector.train()
-            show_pseudo_labels(run)
-        if not done:
-            log_pseudo_labels(run)
-
         taught = [video for video in unlabelled if is_taught(run.pseudo[video.id]).any()]
         labelled_batches = data.training_batches(labelled, run.data, s, steps, rng, done)
         unlabelled_batches = [None] * (steps - done)
@@ -1157,20 +1166,9 @@ def joint(run):
 
 # ---- The report ---------------------------------------------------------------------------------
 
-def frames_of(detector, dataset, s):
-    """The representation z (n, L * C) of steps of labelled videos, s.acp_steps of each."""
-    detector.eval()
-    found = []
-    for video in dataset.labelled[:25]:
-        batch = data.collate([data.load_item(video, dataset, s)])
-        steps = torch.linspace(0, video.steps - 1, s.acp_steps, device=s.device).round().long()
-        levels, masks = evaluate.forward(detector.pyramid, batch, s)
-        found.append(acp.representation(levels, masks, steps[None])[0])
-    return torch.nn.functional.normalize(torch.cat(found), dim=-1)
-
-
-def in_two_dimensions(z):
-    """The two principal components of z (n, C) -> n pairs of numbers."""
+def in_two_dimensions(parts):
+    """The two principal components of the rows of tensors (m, C), normalised: pairs of numbers."""
+    z = torch.nn.functional.normalize(torch.cat(parts), dim=-1)
     z = (z - z.mean(0)).double().cpu()
     _, _, axes = torch.linalg.svd(z, full_matrices=False)
     return (z @ axes[:2].T).tolist()
@@ -1178,19 +1176,25 @@ def in_two_dimensions(z):
 
 @torch.no_grad()
 def write_representation(run):
-    """Fig. 4: frames of labelled videos before and after ACP, in two dimensions by PCA."""
+    """Fig. 4: steps of labelled videos before and after ACP, in two dimensions by PCA."""
     s, dataset = run.s, run.data
-    K = len(dataset.classes)
+    detectors = {"before": begin(s, dataset).detector.eval(), "after": run.detector.eval()}
+    found = {"before": [], "after": []}
     labels = []
     for video in dataset.labelled[:25]:
         steps = torch.linspace(0, video.steps - 1, s.acp_steps).round().long()
-        labels += acp.step_classes(
-            steps, video.segments, video.labels, video.segments[:0], K).tolist()
-    before = in_two_dimensions(frames_of(begin(s, dataset).detector, dataset, s))
-    after = in_two_dimensions(frames_of(run.detector, dataset, s))
-    data.write_json(run.out / "representation.json", {
-        "classes": [*dataset.classes, "background"], "label": labels, "before": before,
-        "after": after})
+        classes = acp.step_classes(
+            steps, video.segments, video.labels, video.segments[:0], len(dataset.classes))
+        labels += classes.tolist()
+        batch = data.collate([data.load_item(video, dataset, s)])
+        for key, detector in detectors.items():
+            levels, masks = evaluate.forward(detector.pyramid, batch, s)
+            z = acp.representation(levels, masks, steps[None].to(s.device))
+            found[key].append(z[0])
+    points = {key: in_two_dimensions(parts) for key, parts in found.items()}
+    classes = [*dataset.classes, "background"]
+    data.write_json(
+        run.out / "representation.json", {"classes": classes, "label": labels} | points)
 
 
 def write_page(run):
@@ -1264,7 +1268,7 @@ def room_of(name):
 def help_of(f, preset):
     """The help of a setting: what it is, its choices, the default in force."""
     default = preset.get(f.name, f.default)
-    default = "none" if default == "" else default
+    default = "not set" if default == "" else default
     allowed = f.metadata["allowed"]
     choices = f"; one of {', '.join(allowed)}" if isinstance(allowed, tuple) else ""
     return f"{f.metadata['comment']}{choices} (default {default})".replace("%", "%%")
@@ -1357,16 +1361,21 @@ def launch(s):
     """The Run that the settings ask for: new, resumed, or begun at stage 2 or 3; raises BadInput.
 
     The first process says what it has taken, and makes its folder."""
-    check_folder(s)
+    if not s.check:
+        check_folder(s)
     dataset = data.load_dataset(s)
     if data.is_first():
         lines = data.describe(dataset, s)
         lines.append(f"{s.device}, {s.precision}, {process_count()} process(es)")
         say("\n".join(lines))
     data.warn(dataset.warnings)
-    if s.stage == "all" and not dataset.unlabelled and not s.check:
-        raise BadInput(f"--ratio {s.ratio} leaves no unlabelled video for stage 3; "
-                       "--stage supervised needs none")
+    if s.stage == "all" and not dataset.unlabelled:
+        text = (f"all {len(dataset.labelled)} training videos are labelled (--ratio {s.ratio}), so "
+                "there is no unlabelled video for stage 3; --stage supervised needs none, "
+                "--unlabelled-features brings some")
+        if not s.check:
+            raise BadInput(text)
+        data.warn([text])
     run = begin(s, dataset)
     check_positives(run)
     if run.taken and data.is_first():
