@@ -1216,9 +1216,6 @@ def report(run):
         return
     metrics, predictions = results.pop(s.weights)
     other, (other_metrics, _) = results.popitem()
-    pseudo = run.pseudo and evaluate.export_pseudo_labels(
-        dataset.unlabelled, run.pseudo, dataset.classes, icd.STATUS)
-    data.write_json(run.out / "pseudo_labels.json", pseudo or {}, indent=1)
     data.write_json(run.out / "predictions.json", predictions)
     if metrics is None:
         return
@@ -1237,6 +1234,9 @@ def finish(run):
     """What a run leaves beside the checkpoint, and what to do next, by the first process."""
     if not data.is_first():
         return
+    pseudo = run.pseudo and evaluate.export_pseudo_labels(
+        run.data.unlabelled, run.pseudo, run.data.classes, icd.STATUS)
+    data.write_json(run.out / "pseudo_labels.json", pseudo or {}, indent=1)
     save_detector(run)
     if run.s.page:
         write_page(run)

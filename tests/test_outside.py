@@ -724,6 +724,7 @@ def test_a_run_without_a_test_set(own, capsys):
     assert train.main(argv) == 0
     assert (own / "run/checkpoint.pt").exists()
     assert not (own / "run/metrics.json").exists()
+    assert (own / "run/pseudo_labels.json").exists()
     refusal(["evaluate", "--checkpoint", own / "run"], capsys, "--subset")
 
 
