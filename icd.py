@@ -153,9 +153,9 @@ def similarity(D, feats, labels, bank):
     s = feats.new_zeros(len(feats))
     for c in labels.unique():
         F_c = bank["feats"][bank["labels"] == c] @ W_right.T
-        for i in (labels == c).nonzero()[:, 0]:
-            D_i = torch.sigmoid(D.W_2(F.relu(left[i] + F_c)))  # D(f_i, f_j) of all j
-            s[i] = D_i.mean()  # of nothing: NaN
+        for i in (labels == c).nonzero()[:, 0].split(64):
+            D_ij = torch.sigmoid(D.W_2(F.relu(left[i, None] + F_c)))  # (64, |F_c|, 1)
+            s[i] = D_ij.mean((1, 2))  # of nothing: NaN
     return s
 
 
