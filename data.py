@@ -1182,8 +1182,10 @@ def take_files_without_entry(chosen, annotations, sources, s):
 def choose_videos(path, annotations, sources, s, trained):
     """The Chosen videos; adds the sources of files without an entry. Raises BadInput."""
     chosen = Chosen({}, {}, {})
-    subsets = {a.subset.lower() for a in annotations.values()}
-    if s.test_subset != "none" and (trained or subsets != {s.train_subset.lower()}):
+    to_train = {s.train_subset.lower()} | {s.unlabelled_subset.lower()} - {""}
+    to_test = {a.subset.lower() for a in annotations.values()} - to_train
+    wanted = trained or to_test or s.test_subset.lower() in to_train
+    if wanted and s.test_subset != "none":
         flag = "--subset" if trained else "--test-subset NAME, or none"
         chosen.test = check_subset(path, annotations, s.test_subset, flag)
     if trained:
