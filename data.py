@@ -224,6 +224,10 @@ class DataSettings(CheckedSettings):
         if self.ext_scores and not self.one_class:
             raise BadInput("setting ext_scores gives classes to a detector without: it needs "
                            "--one-class")
+        for name in ("fps", "stride", "frames"):
+            value = getattr(self, name)
+            if 0 < value < 1e-6:
+                raise BadInput(f"setting {name} must be 0 or at least 1e-6, but is {value}")
         if self.ratio and self.split not in SPLITS:
             raise BadInput(f"the split file {short(self.split, 200)} names the labelled videos: it "
                            "does not go with --ratio")

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -122,7 +123,9 @@ def pick_device(name):
                            f"own, cuda, and {torch.cuda.device_count()} are here")
         torch.cuda.set_device(rank)
     try:
-        torch.zeros(1, device=name).item()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about names that torch is giving up
+            torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"--device {name} cannot be used here: {reason}") from None
