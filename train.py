@@ -890,7 +890,8 @@ def advance(run, loss, parts, ids):
 
     ids: of the videos of the step. Raises Stopped, with the run saved, if a signal came."""
     s = run.s
-    check_finite(run, "loss", loss.item(), ids)
+    value = loss.item()
+    check_finite(run, "loss", value, ids)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(s, run.step, run.total)
     run.optimizer.zero_grad()
@@ -903,7 +904,7 @@ def advance(run, loss, parts, ids):
     run.step += 1
     run.done += 1
     run.ema_step += 1
-    run.losses.append(loss.item())
+    run.losses.append(value)
     parts = {key: torch.as_tensor(value).detach() for key, value in parts.items()}
     run.parts.append(parts)
     show_progress(run)
@@ -912,7 +913,7 @@ def advance(run, loss, parts, ids):
         rate = (run.step - first) / max(time.time() - since, 1e-9)
         parts = {key: float(value) for key, value in parts.items()}
         log(run, step=run.step, of=run.total, steps_a_second=rate,
-            seconds_left=(run.total - run.step) / rate, loss=loss.item(), **parts)
+            seconds_left=(run.total - run.step) / rate, loss=value, **parts)
     if is_stopped(run):
         save(run)
         raise Stopped

@@ -126,7 +126,7 @@ def evaluated(*argv):
 
 
 def refused(argv, capsys, *words):
-    """The command exits with 2 and one line that holds the words.
+    """The command exits with 2 and one line that holds the words -> the line.
 
     argv: of train.py, or "evaluate" and those of evaluate.py."""
     argv = [str(word) for word in argv]
@@ -137,6 +137,7 @@ def refused(argv, capsys, *words):
     assert text.count("\n") == 1, text
     for word in words:
         assert str(word) in text, text
+    return text
 
 
 def read_log(folder):

@@ -36,6 +36,7 @@ from tests.helpers import (
     own_argv,
     read_log,
     read_result,
+    refused,
     same,
     settings,
     small_detector,
@@ -63,14 +64,19 @@ def in_time():
     signal.signal(signal.SIGALRM, before)
 
 
+def with_run(tmp_path_factory, name, *more):
+    """The folder of a user's data set with a finished run."""
+    folder = tmp_path_factory.mktemp(name)
+    write_own(folder)
+    torch.manual_seed(0)
+    assert train.main(own_argv(folder, *more)) == 0
+    return folder
+
+
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """A user's data set with a finished run; no test changes it."""
-    folder = tmp_path_factory.mktemp("original")
-    write_own(folder)
-    torch.manual_seed(0)
-    assert train.main(own_argv(folder, *LOWEST)) == 0
-    return folder
+    return with_run(tmp_path_factory, "original", *LOWEST)
 
 
 @pytest.fixture
@@ -98,18 +104,11 @@ def evaluating(folder, *more):
 def refusal(argv, capsys, *words):
     """The sentence of a refused command: one line, short, printable, without a bad advice."""
     capsys.readouterr()
-    argv = [str(word) for word in argv]
-    code = evaluate.main(argv[1:]) if argv[:1] == ["evaluate"] else train.main(argv)
-    text = capsys.readouterr().err
-    assert code == 2, f"exit code {code}"
-    assert text.startswith("error: "), text
-    assert text.count("\n") == 1, text
+    text = refused(argv, capsys, *words)
     assert len(text) <= 401, text
     assert text[:-1].isprintable(), text
     for advice in ("allow_pickle", "weights_only", "set_int_max", "Traceback"):
         assert advice not in text, text
-    for word in words:
-        assert str(word) in text, text
     return text
 
 
@@ -2013,11 +2012,7 @@ ROOMY = ("--log-every", 1, "--pretrain-epochs", 2, "--supervised-epochs", 2,
 @pytest.fixture(scope="module")
 def unstopped(tmp_path_factory):
     """A user's data set with a run of ROOMY that was never stopped; no test changes it."""
-    folder = tmp_path_factory.mktemp("unstopped")
-    write_own(folder)
-    torch.manual_seed(0)
-    assert train.main(own_argv(folder, *ROOMY)) == 0
-    return folder
+    return with_run(tmp_path_factory, "unstopped", *ROOMY)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
