@@ -2145,8 +2145,9 @@ def test_a_pipe_closed_before_the_first_line(own):
 def test_resume_where_there_is_no_run(own, capsys, name):
     (own / "empty").mkdir()
     if name:
-        refusal(["--resume", own / name], capsys)
-        refusal(own_argv(own, "--resume", own / name, "--out", own / name), capsys)
+        refusal(["--resume", own / name], capsys, "checkpoint")
+        argv = own_argv(own, "--resume", own / name, "--out", own / name)
+        refusal(argv, capsys, "checkpoint")
     assert not (own / "none").exists()
     assert not list((own / "empty").iterdir())
 
@@ -2339,7 +2340,8 @@ HUGE = 10 ** 12
     ("--fps", 1e300),
 ])
 def test_settings_have_sane_upper_bounds(own, capsys, more):
-    refusal(check(own, *more), capsys)
+    name = str(more[0]).removeprefix("--").replace("-", "_")
+    refusal(check(own, *more), capsys, name)
 
 
 # ---- Every refusal ------------------------------------------------------------------------------
