@@ -39,7 +39,7 @@ def representation(levels, masks, steps):
     parts = []
     for level, (x, mask) in enumerate(zip(levels, masks)):
         last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
-        position = ((steps + 0.5) / 2 ** level - 0.5).clamp(min=0)
+        position = steps / 2 ** level  # where the level's points lie
         before = torch.minimum(position.floor().long(), last)
         after = torch.minimum(before + 1, last)
         weight = (position - before).clamp(max=1)[..., None]
@@ -74,6 +74,7 @@ def kmeans_plus_plus(x, k, generator, restarts):
 def kmeans(x, k, generator, restarts, iterations=100):
     """K-means from K-means++ starts: the best of `restarts` runs, which go side by side.
 
+    Centred first: squared distances of rows far from 0 would cancel.
     A cluster that loses its last row restarts at the row farthest from its centre; fewer than k
     distinct rows leave clusters empty.
     x   (N, D)
@@ -81,6 +82,7 @@ def kmeans(x, k, generator, restarts, iterations=100):
     x = x.float()
     if len(x) == 0:
         return x.new_zeros(0).long()
+    x = x - x.mean(0)
     centres = kmeans_plus_plus(x, k, generator, restarts)  # (R, k, D)
     cluster = None
     for _ in range(iterations):

@@ -1476,14 +1476,19 @@ def describe(dataset, s):
 
 # ---- Items and batches --------------------------------------------------------------------------
 
-def crop_segments(segments, start, length, keep):
-    """Segments seen in the window of `length` steps from `start`: clipped and moved.
+def crop_segments(segments, video, start, length, keep):
+    """Segments seen in the window of `length` steps of a video from `start`: clipped and moved.
 
-    A step reaches half a step to either side.
+    A window reaches as far beyond its steps as half the frames of a feature. The whole video
+    clips nothing. Both as the public ActionFormer has them.
     segments  (N, 2)
-    ->        (N, 2), and the rows (N,) bool of which at least the share `keep` is left"""
-    window = segments.clamp(start - 0.5, start + length - 0.5)
+    ->        (N, 2), and the rows (N,) bool of which at least the share `keep` is left; of the
+              whole video, those that reach into it"""
+    beyond = video.grid.frames / 2 / video.grid.stride
+    window = segments.clamp(start - beyond, start + length + beyond)
     left = window[:, 1] - window[:, 0]
+    if length == video.steps:
+        return segments - start, left > 0
     whole = segments[:, 1] - segments[:, 0]
     return window - start, (left > 0) & (left >= keep * whole)
 
@@ -1500,7 +1505,10 @@ def draw_crop(video, s, rng):
         length = int(rng.integers(shortest, length + 1))
     for _ in range(s.crop_tries if labelled else 1):
         start = int(rng.integers(video.steps - length + 1))
-        if labelled and crop_segments(video.segments, start, length, s.crop_keep)[1].any():
+        if not labelled:
+            break
+        _, inside = crop_segments(video.segments, video, start, length, s.crop_keep)
+        if inside.any():
             break
     return start, length
 
@@ -1528,7 +1536,7 @@ def load_item(video, data, s, rng=None):
                        f"step {start + step}, standardised")
     item = {"id": video.id, "video": video, "feats": x, "start": start}
     if isinstance(video, LabelledVideo):
-        segments, inside = crop_segments(video.segments, start, length, s.crop_keep)
+        segments, inside = crop_segments(video.segments, video, start, length, s.crop_keep)
         item |= {"segments": segments[inside], "labels": video.labels[inside]}
     return item
 

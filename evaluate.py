@@ -87,7 +87,7 @@ class DetectionSettings(DetectorSettings, DataSettings):
     """All that evaluation needs of a detector. [S] the paper, [A] ActionFormer, [J] neither."""
     eps: float = from_stage_2(1e-6, "least reliability P_tiou - P_tnd in Eq. (4) and (5) [J]")
     pre_nms: int = from_stage_2(
-        2000, "(point, class) pairs before Soft-NMS [A]", "from 1 to a million")
+        2000, "(point, class) pairs of a level before Soft-NMS [A]", "from 1 to a million")
     min_score: float = from_stage_2(0.001, "least joint score, before and in Soft-NMS [A]")
     min_length: float = from_stage_2(0.05, "least length of a segment, in steps [A]")
     nms_sigma: float = from_stage_2(0.5, "sigma of Soft-NMS [A]", "positive")
@@ -155,6 +155,24 @@ def forward(network, batch, s):
         return network(batch["feats"].to(s.device), batch["mask"].to(s.device))
 
 
+def best_pairs(scores, masks, most):
+    """The best (point, class) pairs of each level: scores (P, K) -> points (N,), labels (N,).
+
+    masks  [(B, T_l)], whose lengths part the points
+    most   pairs of a level"""
+    points = []
+    labels = []
+    first = 0
+    for mask in masks:
+        level = scores[first:first + mask.shape[1]]
+        _, index = level.flatten().topk(min(most, level.numel()))
+        point, label = torch.unravel_index(index, level.shape)
+        points.append(first + point)
+        labels.append(label)
+        first += len(level)
+    return torch.cat(points), torch.cat(labels)
+
+
 def suppress(outputs, s):
     """Outputs of a batch -> B records, as detect() has them: the best pairs, then Soft-NMS."""
     p_cls = torch.sigmoid(outputs.cls_logits)
@@ -162,18 +180,18 @@ def suppress(outputs, s):
     segments = decode(outputs.points, outputs.offsets)
     records = []
     for b, scores in enumerate(joint * outputs.mask[..., None]):
-        best, index = scores.flatten().topk(min(s.pre_nms, scores.numel()))
-        point, label = torch.unravel_index(index, scores.shape)
+        point, label = best_pairs(scores, outputs.masks, s.pre_nms)
         record = {
             "segments": segments[b, point],
             "labels": label,
-            "scores": best,
+            "scores": scores[point, label],
             "p_cls": p_cls[b, point, label],
             "p_tiou": outputs.p_tiou[b, point],
             "p_tnd": outputs.p_tnd[b, point],
         }
         start, end = record["segments"].T
-        record = rows(record, (best > s.min_score) & (end - start > s.min_length))
+        scored = record["scores"] > s.min_score
+        record = rows(record, scored & (end - start > s.min_length))
         group = record["labels"] * (not s.nms_agnostic)
         chosen, decayed = soft_nms(record["segments"], record["scores"], group, s.nms_sigma,
                                    s.min_score, s.max_detections)
@@ -199,7 +217,8 @@ def detect(detector, videos, data, s):
 
     O(T) memory, whatever the length of a video. Of many processes each takes its share of the
     videos, and all get all detections. Keeps joint scores over s.min_score, the best s.pre_nms
-    (point, class) pairs, segments longer than s.min_length, and after Soft-NMS s.max_detections.
+    (point, class) pairs of each level, segments longer than s.min_length, and after Soft-NMS
+    s.max_detections.
     A record: "segments" (N, 2) in grid steps, "labels", "scores" (joint, after Soft-NMS), "p_cls",
     "p_tiou", "p_tnd"."""
     detector.eval()

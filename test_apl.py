@@ -602,14 +602,26 @@ def test_sampled_steps_come_one_from_each_part():
         assert (steps[3] == 0).all()
 
 
-def test_representation_is_the_upsampled_and_concatenated_pyramid():
-    levels = [torch.randn(2, 16 // 2 ** level, 3) for level in range(3)]
+def test_representation_reads_each_level_between_its_points():
     masks = [torch.ones(2, 16 // 2 ** level, dtype=torch.bool) for level in range(3)]
-    upsampled = [F.interpolate(x.transpose(1, 2), size=16, mode="linear") for x in levels]
-    whole = torch.cat(upsampled, 1).transpose(1, 2)
+    levels = [torch.randn(2, 16 // 2 ** level, 3) for level in range(3)]
     steps = torch.tensor([[0, 1, 5, 8, 15], [2, 3, 4, 14, 15]])
-    expected = whole.gather(1, steps[..., None].expand(-1, -1, 9))
+    parts = []
+    for level, x in enumerate(levels):
+        at = 2 ** level * torch.arange(x.shape[1])  # where the level's points lie
+        read = [[np.interp(steps[b], at, x[b, :, c]) for c in range(3)] for b in range(2)]
+        parts.append(torch.tensor(np.array(read)).transpose(1, 2))
+    expected = torch.cat(parts, 2).float()
     assert torch.allclose(acp.representation(levels, masks, steps), expected, atol=1e-6)
+
+
+def test_representation_of_a_step_lies_at_the_step_on_every_level():
+    masks = [torch.ones(1, 128 // 2 ** level, dtype=torch.bool) for level in range(6)]
+    levels = [2.0 ** level * torch.arange(mask.shape[1])[None, :, None]
+              for level, mask in enumerate(masks)]
+    steps = torch.tensor([[0, 64, 77, 96]])
+    expected = steps[..., None].expand(-1, -1, 6).float()
+    assert torch.equal(acp.representation(levels, masks, steps), expected)
 
 
 def test_kmeans_finds_the_best_partition_and_is_seeded():
@@ -635,6 +647,13 @@ def test_kmeans_of_few_or_equal_rows():
     assert acp.kmeans(torch.ones(5, 3), 4, generator(), 10).shape == (5,)
     two = torch.tensor([[0.0], [1.0]])
     assert len(acp.kmeans(two, 4, generator(), 10).unique()) == 2
+
+
+def test_kmeans_of_rows_far_from_0():
+    x = torch.randn(30, 4).round(decimals=1) + 4 * (torch.arange(30) % 3)[:, None]
+    far = acp.kmeans(x + 30_000, 3, generator(), 10)
+    groups = [far[i::3].unique().tolist() for i in range(3)]
+    assert sorted(groups) == [[0], [1], [2]]
 
 
 def test_info_nce_against_a_loop():

@@ -60,6 +60,7 @@ STAGES = ("pretrain", "supervised", "joint")
 AFTER = ("none", "labelled", "labelled+unlabelled")  # the rows of Tab. S4
 KINDS = ("labelled", "unlabelled")  # of the two losses of Eq. (12)
 LABELLED, UNLABELLED = range(2)
+SEED_OF_STAGE = 10  # added to a stage's number in its epochs' seeds: 0 and 1 are of toy and split
 
 
 # ---- Settings -----------------------------------------------------------------------------------
@@ -821,10 +822,10 @@ def epochs(run, stage, count, steps):
     if count == 0:
         save(run)
     while run.epoch < count:
-        seeds = np.random.SeedSequence([run.s.seed, number, run.epoch])
-        seed = int(seeds.generate_state(1)[0])
-        torch.manual_seed(seed)
-        run.generator = torch.Generator().manual_seed(seed)
+        seeds = np.random.SeedSequence([run.s.seed, SEED_OF_STAGE + number, run.epoch])
+        of_network, of_run = (int(word) for word in seeds.generate_state(2))
+        torch.manual_seed(of_network)
+        run.generator = torch.Generator().manual_seed(of_run)
         if run.done:
             set_generators(run)
         run.detector.train()
@@ -943,7 +944,7 @@ def pseudo_truth(run, batch):
     for video, start, mask in zip(batch["videos"], batch["starts"], batch["mask"]):
         record = run.pseudo[video.id]
         segments, inside = data.crop_segments(
-            record["segments"], start, int(mask.sum()), run.s.crop_keep)
+            record["segments"], video, start, int(mask.sum()), run.s.crop_keep)
         taught = is_taught(record)
         masked = ~taught & (run.s.rejected == "masked")
         rejected = record["segments"][masked] - start

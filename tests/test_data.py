@@ -199,8 +199,8 @@ def test_labelled_crops_hold_an_action(own):
     for item in items:
         assert len(item["feats"]) == 20
         assert len(item["segments"])
-        assert item["segments"].min() >= -0.5
-        assert item["segments"].max() <= 19.5
+        assert item["segments"].min() >= -1
+        assert item["segments"].max() <= 21
     whole = data.load_item(d.labelled[0], d, s)
     start = items[0]["start"]
     assert torch.equal(items[0]["feats"], whole["feats"][start:start + 20])

@@ -7,6 +7,7 @@ import torch
 
 import alqa
 import data
+import evaluate
 import icd
 import model
 import train
@@ -116,6 +117,27 @@ def test_reranking_lowers_what_is_spread_over_its_length():
     spread = [0.5 * math.exp(-2 / 10), 0.5 * math.exp(-2 / 14)]
     assert scores == pytest.approx([*spread, 0.8, 0.4], rel=1e-4)
     assert len(alqa.rerank(data.rows(d, slice(0)), 0.5)["scores"]) == 0
+
+
+def test_a_window_clips_half_the_frames_of_a_feature_outside_and_the_whole_video_nothing():
+    video = SimpleNamespace(steps=100, grid=data.Grid(25.0, 4.0, 16.0))
+    segments = torch.tensor([[-3.0, 30.0], [15.0, 19.0], [90.0, 104.0], [110.0, 120.0]])
+    clipped, inside = data.crop_segments(segments, video, 20, 80, 0.5)
+    assert clipped.tolist() == [[-2.0, 10.0], [-2.0, -1.0], [70.0, 82.0], [82.0, 82.0]]
+    assert inside.tolist() == [False, False, True, False]
+    whole, inside = data.crop_segments(segments, video, 0, 100, 0.5)
+    assert torch.equal(whole, segments)
+    assert inside.tolist() == [True, True, True, False]
+
+
+def test_each_level_has_its_own_best_pairs():
+    masks = [torch.ones(1, 4).bool(), torch.ones(1, 2).bool()]
+    scores = torch.tensor([[.9, .8], [.7, .1], [.2, .6], [.3, .4], [.05, .01], [.02, .03]])
+    points, labels = evaluate.best_pairs(scores, masks, 3)
+    assert points.tolist() == [0, 0, 1, 4, 5, 5]
+    assert labels.tolist() == [0, 1, 0, 0, 1, 0]
+    points, _ = evaluate.best_pairs(scores, masks, 100)
+    assert sorted(points.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
 def test_repeats_are_removed_within_their_class():

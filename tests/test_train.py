@@ -168,6 +168,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(run):
         train.advance(run, torch.tensor(math.nan, requires_grad=True), {}, ["v1", "v2"])
 
 
+def test_every_stream_of_random_numbers_has_its_own_seed(run):
+    run.stage = train.STAGES[0]
+    numpy_streams = [np.random.default_rng([run.s.seed, of]) for of in (0, 1)]  # of toy and split
+    torch_seeds = [run.s.seed]  # of the first weights
+    for stage in train.STAGES:
+        for rng in train.epochs(run, stage, 2, 1):
+            numpy_streams.append(rng)
+            torch_seeds += [torch.initial_seed(), run.generator.initial_seed()]
+    drawn = [int(rng.integers(2 ** 62)) for rng in numpy_streams]
+    assert len(set(drawn)) == len(drawn) == 8
+    assert len(set(torch_seeds)) == len(torch_seeds) == 13
+
+
 # ---- Whole runs ---------------------------------------------------------------------------------
 
 def test_the_whole_run_writes_its_files_and_evaluates_the_same(own, capsys):
