@@ -5,6 +5,7 @@ labelled. An unlabelled video has no label field, and its crop is label-blind. F
 are read without executing anything. Bad input raises BadInput: one sentence that names the file,
 the video and the value.
 """
+import hashlib
 import json
 import math
 import os
@@ -1252,6 +1253,78 @@ def drop_missing(chosen, sources, s):
         f"{several(absent)}")
 
 
+def memory_of(s):
+    """The file, in the user's cache, that remembers sum_features() of a folder's files."""
+    folder = os.path.abspath(locate(s)[1])
+    name = hashlib.sha256(f"{folder}\n{s.feature_key}".encode("utf-8", "surrogateescape"))
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache, "apl", f"{name.hexdigest()[:16]}.npz")
+
+
+def state_of(file):
+    """What changes with a file's content: its size, the times of its content and of its entry."""
+    state = os.stat(file)
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+def recall(memory):
+    """What remember() wrote, {file: (state, row)}; {} where that is not there."""
+    try:
+        with np.load(memory, allow_pickle=False) as content:
+            files, states, rows = (content[name] for name in ("files", "states", "rows"))
+        found = zip(files.tolist(), states.tolist(), rows, strict=True)
+        return {file: (tuple(state), row) for file, state, row in found}
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return {}
+
+
+def remember(memory, known):
+    """Write {file: (state_of(), sum_features() in one row)}, if the disk lets us."""
+    states, rows = zip(*known.values())
+    content = {"files": list(known), "states": states, "rows": rows}
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(memory, lambda file: np.savez(file, **content))
+    except (BadInput, OSError, ValueError):
+        return  # it would only have saved time
+
+
+def sum_known(source, known, key, name):
+    """(file, state, sum_features() in one row) of a source, from `known` if it has not changed.
+
+    An array has no file."""
+    if isinstance(source, np.ndarray) or not os.path.isfile(source):
+        return None, None, np.hstack(sum_features(source, key, name))
+    file, state = os.path.abspath(source), state_of(source)
+    then, row = known.get(file, (None, None))
+    if then != state:
+        row = np.hstack(sum_features(source, key, name))
+    return file, state, row
+
+
+def sum_all(sources, s):
+    """({id: sum_features()}, {id: BadInput}) of all sources; a file is read once until it changes.
+
+    A video that is bad is in the second."""
+    memory = memory_of(s)
+    known = recall(memory)
+    now = {}
+    sums = {}
+    faults = {}
+    for name, source in sources.items():
+        try:
+            file, state, row = sum_known(source, known, s.feature_key, name)
+        except BadInput as fault:
+            faults[name] = fault
+            continue
+        sums[name] = int(row[0]), *np.split(row[1:], 2)
+        now[file] = state, row
+    now.pop(None, None)
+    if is_first() and any(known.get(file, (None,))[0] != now[file][0] for file in now):
+        remember(memory, known | now)
+    return sums, faults
+
+
 def check_segments(a, video, where):
     """Raise BadInput for the segments of an Annotation that lie outside their Video."""
     bad = rows_of_annotation(a, ~good_segments(a, video.duration)).segments.tolist()
@@ -1264,18 +1337,16 @@ def check_segments(a, video, where):
 
 
 def open_videos(annotations, sources, s, path, dim):
-    """({id: Video}, {id: sum_features()}): every file read once and checked; raises BadInput.
+    """({id: Video}, {id: sum_features()}): every file checked; raises BadInput.
 
     dim: the checkpoint's D, or None."""
     others = "the checkpoint's" if dim else "the others"
     videos = {}
-    sums = {}
-    faults = {}
-    for name, a in annotations.items():
+    sums, faults = sum_all({name: sources[name] for name in annotations}, s)
+    for name, (steps, mean, _) in sums.items():
+        a = annotations[name]
         where = f"annotation file {path}, video {short(name)}:"
         try:
-            sums[name] = sum_features(sources[name], s.feature_key, name)
-            steps, mean, _ = sums[name]
             dim = dim or len(mean)
             if len(mean) != dim:
                 like = steps == dim or all(steps == other for other, *_ in sums.values())

@@ -29,6 +29,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Every test has a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
 def seeded():
     """Every test begins from the same random numbers."""
     torch.manual_seed(0)

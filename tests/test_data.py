@@ -1,6 +1,8 @@
 """Tests of data.py: annotations, grids, features, splits, crops, batches."""
 import errno
+import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -399,3 +401,77 @@ def test_a_real_data_set_gives_an_alarm_where_its_fps_is_off(fps, words):
     assert bool(found) == bool(words)
     for word in words:
         assert word in found[0]
+
+
+# ---- What is known of files that have not changed -----------------------------------------------
+
+@pytest.fixture
+def read(monkeypatch):
+    """The ids of the videos whose feature files are read."""
+    seen = []
+    sum_features = data.sum_features
+
+    def note(source, key, name):
+        seen.append(name)
+        return sum_features(source, key, name)
+
+    monkeypatch.setattr(data, "sum_features", note)
+    return seen
+
+
+def test_a_file_is_checked_once_until_it_changes(own, read):
+    s = settings(*own_argv(own))
+    first = data.load_dataset(s)
+    assert sorted(read) == sorted(f"v{i}" for i in range(14))
+    read.clear()
+    again = data.load_dataset(s)
+    assert read == []
+    assert torch.equal(first.mean, again.mean)
+    assert torch.equal(first.std, again.std)
+    assert first.fingerprint == again.fingerprint
+
+    file = own / "features/v3.npy"
+    then = file.stat()
+    feats = np.load(file)
+    feats[5, 2] = np.nan
+    np.save(file, feats)
+    os.utime(file, ns=(then.st_atime_ns, then.st_mtime_ns))  # as a copy that keeps its times
+    with pytest.raises(data.BadInput, match="v3.*nan at step 5, channel 2"):
+        data.load_dataset(s)
+    assert read == ["v3"]
+
+
+def test_new_files_are_added_to_what_is_known(own, read):
+    s = settings(*own_argv(own))
+    file = own / "features/v12.npy"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8])
+    with pytest.raises(data.BadInput, match="v12"):
+        data.load_dataset(s)
+    file.write_bytes(whole)
+    read.clear()
+    data.load_dataset(s)
+    assert read == ["v12"]
+    trained = {"classes": ["A", "B"], "mean": torch.zeros(5), "std": torch.ones(5)}
+    read.clear()
+    data.load_dataset(s, trained)
+    data.load_dataset(s)
+    assert read == []
+
+
+def test_a_memory_that_cannot_be_read_or_written_is_none(own, read, monkeypatch):
+    s = settings(*own_argv(own))
+    data.load_dataset(s)
+    memory = data.memory_of(s)
+    whole = memory.read_bytes()
+    other = io.BytesIO()
+    np.savez(other, files=["x"], states=[1, 2], rows=[3.0])
+    for content in (b"", whole[:-40], other.getvalue()):
+        memory.write_bytes(content)
+        read.clear()
+        data.load_dataset(s)
+        assert len(read) == 14
+    monkeypatch.setenv("XDG_CACHE_HOME", str(own / "own.json"))  # a file, no folder
+    data.load_dataset(s)
+    data.load_dataset(s)
+    assert len(read) == 3 * 14
