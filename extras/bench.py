@@ -509,7 +509,7 @@ def kmeans(args):
 
 
 def loading_row(device, T, repeat):
-    """A crop of 2304 steps from a memory-mapped file, and the check of the file as a run begins."""
+    """A crop of 2304 steps from a memory-mapped file, and the first check of the file."""
     s = train.parse_settings(["--dataset", "thumos"])
     note = data.Annotation("validation", None, 30.0, np.zeros((0, 2)), [])
     dataset = random_dataset([64])
@@ -519,11 +519,9 @@ def loading_row(device, T, repeat):
         np.save(path, rng.standard_normal((T, 2048), dtype=np.float32))
 
         def check():
-            videos, _ = data.open_videos(
-                {"video": note}, {"video": path}, s, "annotations", None)
-            return videos["video"]
+            data.sum_features(path, s.feature_key, "video")
 
-        video = check()
+        video = data.place_video("video", note, path, T, s)
 
         def crop():
             data.load_item(video, dataset, s, np.random.default_rng(0))

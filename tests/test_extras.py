@@ -45,7 +45,7 @@ def test_tables_share_stages_resume_and_print_markdown(own, capsys, monkeypatch)
     assert [row[0] for row in cells(lines)] == expected
     assert len({line.count("|") for line in lines[:6]}) == 1
     folders = stages_in((own / "tables").iterdir())
-    assert folders == {"pretrain": 2, "supervised": 2 * 5, "all": 2 * 7}
+    assert folders == {"pretrain": 2, "supervised": 2 * 5, "all": 2 * 8}
     calibrated = stages_in(path.parent for path in (own / "tables").glob("*/calibration.json"))
     # After stage 3 the videos are no longer held out.
     assert calibrated == {"supervised": 2 * 4}
