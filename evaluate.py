@@ -59,7 +59,7 @@ from data import (
     write_json,
     write_text,
 )
-from model import Detector, DetectorSettings, decode, soft_nms, tiou, vote
+from model import Detector, DetectorSettings, soft_nms, tiou, vote
 
 # ---- Settings -----------------------------------------------------------------------------------
 
@@ -108,6 +108,10 @@ class DetectionSettings(DetectorSettings, DataSettings):
         super().__post_init__()
         parse_tious(self.tiou)
 
+    def build(self, dim, num_classes):
+        """The detector that these settings are of."""
+        return Detector(dim, num_classes, self)
+
 
 def pick_device(name):
     """The device of that name, "auto" being cuda where there is one, else cpu.
@@ -155,16 +159,15 @@ def forward(network, batch, s):
         return network(batch["feats"].to(s.device), batch["mask"].to(s.device))
 
 
-def best_pairs(scores, masks, most):
+def best_pairs(scores, sizes, most):
     """The best (point, class) pairs of each level: scores (P, K) -> points (N,), labels (N,).
 
-    masks  [(B, T_l)], whose lengths part the points
+    sizes  how many points each level has
     most   pairs of a level"""
     points = []
     labels = []
     first = 0
-    for mask in masks:
-        level = scores[first:first + mask.shape[1]]
+    for level in scores.split(sizes):
         _, index = level.flatten().topk(min(most, level.numel()))
         point, label = torch.unravel_index(index, level.shape)
         points.append(first + point)
@@ -175,12 +178,12 @@ def best_pairs(scores, masks, most):
 
 def suppress(outputs, s):
     """Outputs of a batch -> B records, as detect() has them: the best pairs, then Soft-NMS."""
-    p_cls = torch.sigmoid(outputs.cls_logits)
+    p_cls = outputs.p_cls()
     joint = joint_score(p_cls, outputs.p_tiou, outputs.p_tnd, s.eps)  # (B, P, K)
-    segments = decode(outputs.points, outputs.offsets)
+    segments = outputs.segments()
     records = []
     for b, scores in enumerate(joint * outputs.mask[..., None]):
-        point, label = best_pairs(scores, outputs.masks, s.pre_nms)
+        point, label = best_pairs(scores, outputs.sizes(), s.pre_nms)
         record = {
             "segments": segments[b, point],
             "labels": label,
@@ -512,12 +515,13 @@ CHECKPOINT = {"settings", "classes", "mean", "std", "fps"}  # and the weights, r
 WEIGHTS = {"raw": "detector", "ema": "ema"}
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, kind=DetectionSettings):
     """A checkpoint of train.py on the CPU, with which a detector can be built.
 
     Read without executing anything, and checked before anything is built from it: the archive's
     checksums, the settings' types and ranges, the weights' names, shapes, dtypes and numbers.
     path  the file, checkpoint.pt or detector.pt, or the folder of its run
+    kind  the class of its settings, which build its detector
     Raises BadInput."""
     path = Path(path)
     if path.is_dir():
@@ -527,7 +531,7 @@ def read_checkpoint(path):
     content = load_torch(path, "checkpoint")
     if not isinstance(content, dict) or not CHECKPOINT <= set(content):
         raise BadInput(f"{where} cannot be read: it is not of train.py, or of another version")
-    s = check_settings(content["settings"], DetectionSettings, where)
+    s = check_settings(content["settings"], kind, where)
     if not is_names(content["classes"]):
         raise BadInput(f"{where} is not usable: its classes are no list of names")
     fps = content["fps"]
@@ -535,7 +539,7 @@ def read_checkpoint(path):
         raise BadInput(f"{where} is not usable: its fps is {shown(fps)}")
     check_standard(content, where)
     with torch.device("meta"):  # the shapes, without the memory
-        shape = Detector(len(content["mean"]), len(content["classes"]), s).state_dict()
+        shape = s.build(len(content["mean"]), len(content["classes"])).state_dict()
     parts = [part for part in WEIGHTS.values() if part in content]
     if not parts:
         raise BadInput(f"{where} is not of this version: it has no weights")
@@ -552,7 +556,7 @@ def load_detector(content, s):
     part = WEIGHTS[s.weights]
     if part not in content:
         raise BadInput(f"the checkpoint has no {s.weights} weights")
-    detector = Detector(len(content["mean"]), len(content["classes"]), s)
+    detector = s.build(len(content["mean"]), len(content["classes"]))
     detector.load_state_dict(content[part])
     return detector.to(s.device)
 
@@ -646,12 +650,13 @@ class Localizer:
         segments, labels, scores = localize(np.load("video.npy"))
 
     path     a run's folder, its checkpoint.pt, or its small detector.pt
+    kind     the class of its settings
     changes  settings that differ from the training's, above all fps, stride and frames
     Raises BadInput."""
 
-    def __init__(self, path, **changes):
-        content = read_checkpoint(path)
-        s = check_settings(content["settings"], DetectionSettings, f"checkpoint {path}")
+    def __init__(self, path, kind=DetectionSettings, **changes):
+        content = read_checkpoint(path, kind)
+        s = check_settings(content["settings"], kind, f"checkpoint {path}")
         changes = {"device": "auto"} | changes
         changes["device"] = pick_device(changes["device"])
         self.s = replace(s, **changes)
@@ -745,11 +750,11 @@ def write_found(path, found):
         write_text(path, subtitles(*found.values()))
 
 
-def find_actions(args):
+def find_actions(args, kind):
     """Print, and write to --out, what happens in the feature files of --features."""
     changes = {name: value for name, value in vars(args).items()
                if name in LOCALIZER and value is not None}
-    localize = Localizer(args.checkpoint, **changes)
+    localize = Localizer(args.checkpoint, kind, **changes)
     least = 0.3 if args.min_score is None else args.min_score
     files = feature_files(args.features)
     if args.out:
@@ -779,10 +784,10 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; --help lists every setting")
 
 
-def evaluate_checkpoint(args):
+def evaluate_checkpoint(args, kind):
     """(metrics, title) of --checkpoint: detect on its test videos; raises BadInput."""
-    content = read_checkpoint(args.checkpoint)
-    s = check_settings(content["settings"], DetectionSettings, f"checkpoint {args.checkpoint}")
+    content = read_checkpoint(args.checkpoint, kind)
+    s = check_settings(content["settings"], kind, f"checkpoint {args.checkpoint}")
     places = {name: value if value in LAYOUTS else os.path.abspath(value)
               for name, value in vars(args).items() if name in PLACES and value}
     s = replace(
@@ -928,16 +933,20 @@ def parse(argv):
     return args
 
 
-def main(argv=None):
-    """The command line; returns the exit code, 2 for bad input."""
+def main(argv=None, kind=DetectionSettings):
+    """The command line; returns the exit code, 2 for bad input.
+
+    kind: the class of a checkpoint's settings."""
     try:
         args = parse(argv)
         mode = mode_of(args)
         if mode == "new":
-            find_actions(args)
+            find_actions(args, kind)
             return 0
-        evaluate = evaluate_checkpoint if mode == "test" else evaluate_predictions
-        metrics, title = evaluate(args)
+        if mode == "test":
+            metrics, title = evaluate_checkpoint(args, kind)
+        else:
+            metrics, title = evaluate_predictions(args)
         if args.json:
             write_json(args.json, metrics)
         say(table(metrics, title))

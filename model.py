@@ -377,6 +377,12 @@ class Points(NamedTuple):
     high: torch.Tensor
 
 
+def decode(points, offsets):
+    """Segments (B, P, 2) in grid steps of offsets (B, P, 2) in strides."""
+    sign = offsets.new_tensor([-1, 1])
+    return points.time[:, None] + offsets * points.stride[:, None] * sign
+
+
 class Outputs(NamedTuple):
     """Raw predictions at the points, and the pyramid that they were made from."""
     cls_logits: torch.Tensor  # (B, P, K)
@@ -391,6 +397,18 @@ class Outputs(NamedTuple):
     def predictions(self):
         """What the heads give."""
         return self.cls_logits, self.offsets, self.p_tiou, self.p_tnd
+
+    def p_cls(self):
+        """The class scores (B, P, K)."""
+        return torch.sigmoid(self.cls_logits)
+
+    def segments(self):
+        """The segments (B, P, 2) in grid steps."""
+        return decode(self.points, self.offsets)
+
+    def sizes(self):
+        """How many points each level has."""
+        return [mask.shape[1] for mask in self.masks]
 
 
 class Detector(nn.Module):
@@ -501,12 +519,6 @@ def assign_targets(points, segments, labels, num_classes, radius):
     cls_target = (chosen.float() @ onehot).clamp(max=1)
     offset_target = torch.take_along_dim(offsets, winner[..., None, None], 2)[:, :, 0] / stride
     return cls_target, offset_target * cls_target.any(-1, keepdim=True)
-
-
-def decode(points, offsets):
-    """Segments (B, P, 2) in grid steps of offsets (B, P, 2) in strides."""
-    sign = offsets.new_tensor([-1, 1])
-    return points.time[:, None] + offsets * points.stride[:, None] * sign
 
 
 def rows_by_group(scores, groups):

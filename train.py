@@ -63,6 +63,26 @@ LABELLED, UNLABELLED = range(2)
 SEED_OF_STAGE = 10  # added to a stage's number in its epochs' seeds: 0 and 1 are of toy and split
 
 
+# ---- The losses of the points -------------------------------------------------------------------
+
+def point_losses(outputs, instances, num_classes, s):
+    """The sums over the points of a batch, of all processes: what alqa.alqa_losses() gives.
+
+    The points inside a rejected segment are neither action nor background, unless they are
+    positive for another.
+    instances  B records {"segments", "labels", "rejected"}"""
+    segments = [r["segments"] for r in instances]
+    labels = [r["labels"] for r in instances]
+    cls_target, offset_target = model.assign_targets(
+        outputs.points, segments, labels, num_classes, s.radius)
+    time = outputs.points.time
+    unsure = torch.stack([acp.covers(r["rejected"], time).any(1) for r in instances])  # (B, P)
+    use = outputs.mask & (cls_target.any(-1) | ~unsure)
+    losses_of = alqa.plain_losses if s.alqa == "none" else alqa.alqa_losses
+    losses = losses_of(outputs, cls_target, offset_target, use, s)
+    return {key: data.sum_of_all(value) for key, value in losses.items()}
+
+
 # ---- Settings -----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -194,11 +214,31 @@ class Settings(evaluate.DetectionSettings):
             raise BadInput("setting rerank looks at detections whose tIoU is over the setting "
                            "repeat, which must be below 1")
 
+    # The commands of this detector.
+    TRAIN = "python train.py"
+    EVALUATE = "python evaluate.py"
 
-def settings_until(stage):
+    @classmethod
+    def preset(cls, dataset):
+        """What --dataset changes."""
+        return PRESETS.get(dataset, OWN)
+
+    def losses(self, outputs, instances, num_classes):
+        """The losses of a batch's points."""
+        return point_losses(outputs, instances, num_classes, self)
+
+    def can_learn(self, detector, video, num_classes):
+        """Whether a point of the detector is positive for an instance of a LabelledVideo."""
+        points = detector.points(video.steps)
+        segments, labels = video.segments.to(self.device), video.labels.to(self.device)
+        return model.assign_targets(
+            points, [segments], [labels], num_classes, self.radius)[0].any()
+
+
+def settings_until(stage, kind=Settings):
     """The names of the settings that the stages up to this one depend on."""
     until = STAGES[:STAGES.index(stage) + 1]
-    return [f.name for f in fields(Settings) if f.metadata["stage"] in until]
+    return [f.name for f in fields(kind) if f.metadata["stage"] in until]
 
 
 # What a dataset changes in the settings (as the public ActionFormer has it); the command line
@@ -343,7 +383,7 @@ class Run:
     s: Settings
     data: data.Dataset
     out: Path
-    detector: model.Detector
+    detector: model.Detector  # or what else the settings build
     ema: model.Detector  # its averaged weights
     discriminator: icd.Discriminator
     discriminator_optimizer: torch.optim.Optimizer
@@ -374,7 +414,7 @@ class Run:
 def begin(s, dataset):
     """A new Run."""
     torch.manual_seed(s.seed)
-    detector = model.Detector(dataset.dim, len(dataset.classes), s).to(s.device)
+    detector = s.build(dataset.dim, len(dataset.classes)).to(s.device)
     taken = evaluate.take_weights(detector, s.init) if s.init else ""
     ema = copy.deepcopy(detector).requires_grad_(False)
     discriminator = icd.Discriminator(dataset.dim, s.icd_hidden, s.icd_dropout).to(s.device)
@@ -633,14 +673,14 @@ def check_checkpoint(run, content, path):
     mine, theirs = asdict(run.s), content["settings"]
     if not PARTS <= set(content) or set(mine) != set(theirs):
         raise BadInput(f"{where} is not of this version: it lacks or adds settings or parts")
-    evaluate.check_settings(theirs, Settings, where)
+    evaluate.check_settings(theirs, type(run.s), where)
     check_progress(content, run, where)
     processes = content["processes"]
     as_many = type(processes) is int and processes == process_count()
     if not as_many and (content["done"] or not run.s.start):
         raise BadInput(
             f"{where} is of {data.shown(processes)} process(es), not {process_count()}")
-    for name in settings_until(content["stage"]):
+    for name in settings_until(content["stage"], type(run.s)):
         if mine[name] != theirs[name] and not (run.s.start and name in TUNED):
             raise BadInput(f"{where} is of another configuration: its {name} is "
                            f"{data.shown(theirs[name])}, not {data.shown(mine[name])}")
@@ -652,7 +692,7 @@ def check_checkpoint(run, content, path):
 
 def restore(run, path):
     """Load a checkpoint, the run's own or that of --start, into a run; raises BadInput."""
-    content = evaluate.read_checkpoint(path)
+    content = evaluate.read_checkpoint(path, type(run.s))
     run.optimizer = make_optimizer(run.detector, run.s)
     check_checkpoint(run, content, path)
     for key, name in MODULES.items():
@@ -971,24 +1011,6 @@ def mix(batch, alpha):
     return batch | {"feats": feats, "mask": mask | mask.flip(0)}, lam
 
 
-def point_losses(run, outputs, instances):
-    """The sums over the points of a batch, of all processes: what alqa.alqa_losses() gives.
-
-    The points inside a rejected segment are neither action nor background, unless they are
-    positive for another."""
-    s = run.s
-    segments = [r["segments"] for r in instances]
-    labels = [r["labels"] for r in instances]
-    cls_target, offset_target = model.assign_targets(
-        outputs.points, segments, labels, len(run.data.classes), s.radius)
-    time = outputs.points.time
-    unsure = torch.stack([acp.covers(r["rejected"], time).any(1) for r in instances])  # (B, P)
-    use = outputs.mask & (cls_target.any(-1) | ~unsure)
-    losses_of = alqa.plain_losses if s.alqa == "none" else alqa.alqa_losses
-    losses = losses_of(outputs, cls_target, offset_target, use, s)
-    return {key: data.sum_of_all(value) for key, value in losses.items()}
-
-
 def batch_losses(run, batch, instances, branch):
     """The terms of L_x of a batch: what objective() takes, and "positives", their number.
 
@@ -1003,9 +1025,10 @@ def batch_losses(run, batch, instances, branch):
     total = sum(x.detach().sum() for x in outputs.predictions())
     check_finite(run, "output", total.item(), ids)
     instances = [{key: value.to(s.device) for key, value in r.items()} for r in instances]
-    losses = point_losses(run, outputs, instances)
+    K = len(run.data.classes)
+    losses = s.losses(outputs, instances, K)
     if lam < 1:
-        opposite = point_losses(run, outputs, instances[::-1])
+        opposite = s.losses(outputs, instances[::-1], K)
         losses = {key: lam * losses[key] + (1 - lam) * opposite[key] for key in losses}
     positives = losses["positives"].float().clamp(min=1)
     momentum = s.t_plus_momentum
@@ -1013,8 +1036,8 @@ def batch_losses(run, batch, instances, branch):
     L_acp = torch.zeros((), device=s.device)
     if s.acp != "none" and KINDS[branch] in s.acp_after.split("+"):  # Tab. S4
         feats = batch["feats"].to(s.device)
-        L_acp = acp.acp_loss((outputs.levels, outputs.masks), feats, instances,
-                             len(run.data.classes), s, run.generator)
+        L_acp = acp.acp_loss(
+            (outputs.levels, outputs.masks), feats, instances, K, s, run.generator)
     return losses | {"t_plus": run.t_plus[branch].clone(), "acp": L_acp}
 
 
@@ -1243,7 +1266,7 @@ def finish(run):
     if run.s.page:
         write_page(run)
     say(f"to look at: {run.out}/page.html" if run.s.page else f"results: {run.out}")
-    say(f"a new video: python evaluate.py --checkpoint {run.out} --features video.npy")
+    say(f"a new video: {run.s.EVALUATE} --checkpoint {run.out} --features video.npy")
     data.warn(run.data.warnings)
 
 
@@ -1264,7 +1287,8 @@ def room_of(name):
     """The heading under which --help lists a setting."""
     if name in FIRST:
         return "what matters first"
-    return next(room for room, kind in ROOMS.items() if name in kind.__annotations__)
+    rooms = (room for room, kind in ROOMS.items() if name in kind.__annotations__)
+    return next(rooms, "this detector's own")
 
 
 def help_of(f, preset):
@@ -1276,8 +1300,8 @@ def help_of(f, preset):
     return f"{f.metadata['comment']}{choices} (default {default})".replace("%", "%%")
 
 
-def read_arguments(argv):
-    """{name of a setting: value} of a command line."""
+def read_arguments(argv, kind):
+    """{name of a setting: value} of a command line, of a class of settings."""
     legend = "[S] the paper states it, [A] the public ActionFormer has it, [J] neither."
     flags = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     first = evaluate.Parser(add_help=False, **flags)
@@ -1285,32 +1309,33 @@ def read_arguments(argv):
     dataset = first.parse_known_args(argv)[0].dataset
     parser = evaluate.Parser(
         description=__doc__.split("\n")[0],
-        usage="python train.py [--setting value ...]",
+        usage=f"{kind.TRAIN} [--setting value ...]",
         epilog=f"{legend} The defaults are those in force for --dataset {short(dataset)}.", **flags)
     groups = {room: parser.add_argument_group(room) for room in
-              dict.fromkeys(room_of(name) for name in (*FIRST, *Settings.__dataclass_fields__))}
+              dict.fromkeys(room_of(name) for name in (*FIRST, *kind.__dataclass_fields__))}
     order = {name: number for number, name in enumerate(FIRST)}
-    for f in sorted(fields(Settings), key=lambda f: order.get(f.name, len(order))):
-        kind = {"action": argparse.BooleanOptionalAction}
+    preset = kind.preset(dataset)
+    for f in sorted(fields(kind), key=lambda f: order.get(f.name, len(order))):
+        value = {"action": argparse.BooleanOptionalAction}
         if f.type is not bool:
-            kind = {"type": f.type, "metavar": f.type.__name__}
+            value = {"type": f.type, "metavar": f.type.__name__}
         groups[room_of(f.name)].add_argument(
-            "--" + f.name.replace("_", "-"), help=help_of(f, PRESETS.get(dataset, OWN)), **kind)
+            "--" + f.name.replace("_", "-"), help=help_of(f, preset), **value)
     return vars(parser.parse_args(argv))
 
 
-def settings_of(folder):
+def settings_of(folder, kind):
     """The settings {name: value} of the run in a folder, which goes on; raises BadInput."""
-    content = evaluate.read_checkpoint(folder)
-    s = evaluate.check_settings(content["settings"], Settings, f"checkpoint in {folder}")
+    content = evaluate.read_checkpoint(folder, kind)
+    s = evaluate.check_settings(content["settings"], kind, f"checkpoint in {folder}")
     return asdict(s) | {"out": folder, "start": "", "init": "", "overwrite": False, "check": False}
 
 
-def parse_settings(argv):
-    """The Settings of a command line.
+def parse_settings(argv, kind=Settings):
+    """The Settings, or those of another detector, of a command line.
 
     Defaults, changed by the preset, or those of the run to resume, changed by the arguments."""
-    given = read_arguments(argv)
+    given = read_arguments(argv, kind)
     dataset = given.get("dataset", "toy")
     if dataset not in PRESETS and not dataset.endswith(".json"):
         raise BadInput("--dataset must be an annotation file *.json or one of "
@@ -1320,12 +1345,12 @@ def parse_settings(argv):
         if elsewhere or given.get("start") or given.get("overwrite"):
             raise BadInput("--resume goes on in its own folder: another --out, --start and "
                            "--overwrite do not go with it")
-        base = settings_of(given["resume"])
+        base = settings_of(given["resume"], kind)
     else:
         folder = f"runs/{Path(dataset).stem}"
         if not given.get("overwrite"):
             folder = free_folder(folder)
-        base = {"out": folder} | PRESETS.get(dataset, OWN)
+        base = {"out": folder} | kind.preset(dataset)
     given = base | given
     # Whole paths, so that the checkpoint finds the files from anywhere.
     for name in data.PLACES:
@@ -1334,7 +1359,7 @@ def parse_settings(argv):
     given["device"] = evaluate.pick_device(given.get("device", "auto"))
     if given.get("precision", "auto") == "auto":
         given["precision"] = evaluate.pick_precision(given["device"])
-    return Settings(**given)
+    return kind(**given)
 
 
 def check_folder(s):
@@ -1349,12 +1374,8 @@ def check_folder(s):
 def check_positives(run):
     """Raise BadInput where no point is positive for any labelled instance."""
     s, K = run.s, len(run.data.classes)
-    for video in run.data.labelled:
-        points = run.detector.points(video.steps)
-        segments, labels = video.segments.to(s.device), video.labels.to(s.device)
-        cls_target, _ = model.assign_targets(points, [segments], [labels], K, s.radius)
-        if cls_target.any():
-            return
+    if any(s.can_learn(run.detector, video, K) for video in run.data.labelled):
+        return
     raise BadInput(f"no point is positive for any labelled instance, so there is nothing to learn: "
                    f"--ranges {short(s.ranges)} or --radius {s.radius:g} do not fit their lengths")
 
@@ -1419,18 +1440,19 @@ def how_to_go_on(run):
     """What to do after an interruption, in words."""
     if run is None or not run.saved:
         return "nothing was saved yet"
-    return f"python train.py --resume {run.out} goes on"
+    return f"{run.s.TRAIN} --resume {run.out} goes on"
 
 
-def main(argv=None):
+def main(argv=None, kind=Settings):
     """The command line; returns the exit code.
 
+    kind: the class of the settings, which build the detector.
     2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     stop = Stop()
     before = on_signals(stop)
     run = None
     try:
-        s = parse_settings(argv)
+        s = parse_settings(argv, kind)
         data.join_processes(s.device)
         run = launch(s)
         run.stop = stop

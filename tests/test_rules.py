@@ -180,12 +180,11 @@ def test_a_window_clips_half_the_frames_of_a_feature_outside_and_the_whole_video
 
 
 def test_each_level_has_its_own_best_pairs():
-    masks = [torch.ones(1, 4).bool(), torch.ones(1, 2).bool()]
     scores = torch.tensor([[.9, .8], [.7, .1], [.2, .6], [.3, .4], [.05, .01], [.02, .03]])
-    points, labels = evaluate.best_pairs(scores, masks, 3)
+    points, labels = evaluate.best_pairs(scores, [4, 2], 3)
     assert points.tolist() == [0, 0, 1, 4, 5, 5]
     assert labels.tolist() == [0, 1, 0, 0, 1, 0]
-    points, _ = evaluate.best_pairs(scores, masks, 100)
+    points, _ = evaluate.best_pairs(scores, [4, 2], 100)
     assert sorted(points.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 

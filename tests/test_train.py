@@ -141,8 +141,9 @@ def test_mixup_mixes_the_input_and_the_losses(run):
     torch.manual_seed(0)
     mixed, lam = train.mix(batch, 0.4)
     outputs = evaluate.forward(run.detector, mixed, run.s)
-    first = train.point_losses(run, outputs, truth)
-    second = train.point_losses(run, outputs, truth[::-1])
+    K = len(run.data.classes)
+    first = train.point_losses(outputs, truth, K, run.s)
+    second = train.point_losses(outputs, truth[::-1], K, run.s)
     for key in ("cls", "reg", "positives"):
         expected = (lam * first[key] + (1 - lam) * second[key]).item()
         assert together[key].item() == pytest.approx(expected, rel=1e-5)
