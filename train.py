@@ -214,9 +214,7 @@ class Settings(evaluate.DetectionSettings):
             raise BadInput("setting rerank looks at detections whose tIoU is over the setting "
                            "repeat, which must be below 1")
 
-    # The commands of this detector.
-    TRAIN = "python train.py"
-    EVALUATE = "python evaluate.py"
+    TRAIN, EVALUATE = "python train.py", "python evaluate.py"  # this detector's commands
 
     @classmethod
     def preset(cls, dataset):

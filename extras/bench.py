@@ -31,6 +31,7 @@ import data
 import evaluate
 import model
 import train
+from extras import bmn
 
 GROWTH = (1024, 4096, 16384, 65536)  # steps of the parts that should be linear in T
 
@@ -540,6 +541,58 @@ def loading(args):
         yield in_child(loading_row, "cpu", T, args.repeat)
 
 
+# ---- BMN ----------------------------------------------------------------------------------------
+
+class DenseMatching(torch.nn.Module):
+    """extras.bmn's boundary-matching layer as a product with the whole mask (W, N * W * W)."""
+
+    def __init__(self, s):
+        super().__init__()
+        W, N = s.window(), s.samples
+        first, last = bmn.pairs_of(W)
+        mask = torch.zeros(W, N, W, W)
+        each = bmn.sampling(W, s).to_dense().float().reshape(-1, N, W)
+        mask[:, :, first, last] = each.permute(2, 1, 0)
+        self.mask = mask.reshape(W, -1)
+        self.pairs = first, last
+
+    def forward(self, x, weight):
+        """x (B, W, C), weight (wide, C, N, 1, 1) -> (P, B, wide)."""
+        B, W, C = x.shape
+        sampled = (x.transpose(1, 2) @ self.mask).reshape(B, C, -1, W, W)
+        y = torch.nn.functional.conv3d(sampled, weight)[:, :, 0]  # (B, wide, W, W)
+        return y[..., self.pairs[0], self.pairs[1]].permute(2, 0, 1)
+
+
+def bmn_row(device, dense, batch, repeat):
+    """A training step of BMN at ActivityNet's size: forward, losses, backward."""
+    s = bmn.Settings(resize=100, max_steps=100, alqa="none")
+    detector = s.build(400, 200).to(device)
+    if dense:
+        detector.matching = DenseMatching(s).to(device)
+    feats = torch.randn(batch, 100, 400, device=device)
+    mask = torch.ones(batch, 100, device=device).bool()
+    action = {"segments": torch.tensor([[20.0, 60.0]], device=device),
+              "labels": torch.zeros(1, device=device).long(),
+              "rejected": torch.zeros(0, 2, device=device)}
+
+    def one_step():
+        parts = s.losses(detector(feats, mask), [action] * batch, 200)
+        (parts["cls"] + parts["reg"]).backward()
+
+    return {
+        "part": "bmn",
+        "size": f"{batch} x 100, {'dense' if dense else 'sparse'}",
+        "seconds": median_time(one_step, device, repeat),
+    }
+
+
+def bmn_step(args):
+    """BMN's step with the sparse product and with the published dense mask."""
+    for dense in (False, True):
+        yield in_child(bmn_row, args.device, dense, 16, min(args.repeat, 2))
+
+
 # ---- The command line ---------------------------------------------------------------------------
 
 # Each yields rows {"part", "size", what: number}.
@@ -553,6 +606,7 @@ PARTS = {
     "map": mean_ap,
     "kmeans": kmeans,
     "loading": loading,
+    "bmn": bmn_step,
 }
 UNITS = {
     "seconds": ("s", 1),

@@ -30,6 +30,7 @@ import evaluate
 import icd
 import model
 import train
+from extras import bmn
 
 # ---- The rows -----------------------------------------------------------------------------------
 
@@ -82,6 +83,12 @@ ROWS = {
         ("joint score >= 0.3, ALQA and ACP", None, FIXED),
         ("APL", 24.5, ""),
     ],
+    "1-bmn": [
+        ("BMN*, supervised only", None, f"--stage supervised {PLAIN}"),
+        ("NPL (BMN), reconstructed", 32.4,
+         f"{PLAIN} {NO_ICD} --threshold frequency --rerank"),
+        ("APL (BMN)", 33.3, ""),
+    ],
     "3a": [
         ("baseline", 17.0, f"{PLAIN} {FIXED}"),
         ("+ ALQA", 21.3, f"{NO_ACP} {NO_ICD}"),
@@ -121,6 +128,10 @@ ROWS = {
         ("pre-training alone", 23.6, "--acp-after none"),
         ("labelled", 24.1, "--acp-after labelled"),
         ("labelled + unlabelled", 24.5, "--acp-after labelled+unlabelled"),
+    ],
+    "S3-bmn": [  # the paper's are of ActivityNet
+        ("BMN, without pre-training", 25.8, f"--stage supervised {PLAIN}"),
+        ("BMN, with ACP", 27.3, "--stage supervised --alqa none"),
     ],
     "fig3a": [(f"drop below {theta}", None, f"--theta-drop {theta}")
               for theta in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)],
@@ -171,9 +182,15 @@ def minutes_of(folder):
     return data.read_json(folder / "finished.json", "end of a run")["minutes"]
 
 
+def kind_of(table):
+    """The class of the settings of a table's rows, which build their detector."""
+    return bmn.Settings if table.endswith("-bmn") else train.Settings
+
+
 def folder_of(s, stage, runs):
     """The folder of a run that ends with `stage`: its name says what the stage depends on."""
-    names = [*train.settings_until("joint" if stage == "all" else stage), "weights", *OF_DATA]
+    until = train.settings_until("joint" if stage == "all" else stage, type(s))
+    names = [*until, "weights", *OF_DATA]
     depends = {name: getattr(s, name) for name in names}
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode())
     for path in (s.dataset, s.annotations, s.split):
@@ -193,13 +210,13 @@ def stage_before(stage, s):
     return None
 
 
-def reach(options, stage, runs):
+def reach(options, stage, runs, kind=train.Settings):
     """The folder of a run with these options that has ended its `stage` ("all" for stage 3).
 
     Trained now where it has not been before; rows share it. Leaves, last of all, "finished.json",
     {"minutes"} of this and the earlier stages."""
     argv = [*options, "--stage", stage]
-    s = train.parse_settings(argv)
+    s = train.parse_settings(argv, kind)
     before = stage_before(stage, s)
     folder = folder_of(s, stage, runs)
     if (folder / "finished.json").exists() and (folder / "checkpoint.pt").exists():
@@ -207,7 +224,7 @@ def reach(options, stage, runs):
     start = []
     minutes = 0.0
     if before:
-        shared = reach(options, before, runs)
+        shared = reach(options, before, runs, kind)
         start = ["--start", str(shared / "checkpoint.pt")]
         minutes = minutes_of(shared)
     if (folder / "log.jsonl").exists():
@@ -216,7 +233,7 @@ def reach(options, stage, runs):
     where = ["--out", str(folder), "--overwrite", *start]
     if (folder / "checkpoint.pt").exists():
         where = ["--resume", str(folder)]
-    code = train.main([*argv, *where, "--audit", "--no-page"])
+    code = train.main([*argv, *where, "--audit", "--no-page"], kind)
     if code:
         raise SystemExit(code)
     if minutes is not None:
@@ -225,9 +242,9 @@ def reach(options, stage, runs):
     return folder
 
 
-def reach_all(commands, more, stage, runs):
+def reach_all(commands, more, stage, runs, kind=train.Settings):
     """The folders of a row's runs: the options of each seed in `commands`, then the row's."""
-    return [reach([*options, *more], stage, runs) for options in commands]
+    return [reach([*options, *more], stage, runs, kind) for options in commands]
 
 
 def saved(path, make, *arguments):
@@ -564,7 +581,7 @@ def detection_rows(table, commands, runs):
     first = None
     for name, paper, options in ROWS[table]:
         more, stage = split_stage(options)
-        folders = reach_all(commands, more, stage, runs)
+        folders = reach_all(commands, more, stage, runs, kind_of(table))
         metrics = [data.read_json(folder / "metrics.json", "metrics") for folder in folders]
         averages = [m["average_mAP"] for m in metrics]
         first = first or averages
@@ -664,7 +681,7 @@ def parse(argv):
             raise data.BadInput(f"{option} is set by each row")
     for table in args.tables:  # before hours of training
         for *_, more in ROWS.get(table, PROBES.get(table, ())):
-            train.parse_settings([*options, *more.split()])
+            train.parse_settings([*options, *more.split()], kind_of(table))
     return args, options
 
 

@@ -8,7 +8,7 @@ import torch
 import data
 import evaluate
 import train
-from extras import bmn, viewer
+from extras import bench, bmn, tables, viewer
 from tests.helpers import SHARED, needs_shared, own_argv, read_result, same, weights
 
 TINY = ("--hidden", 8, "--map-wide", 8, "--map-width", 4, "--samples", 4, "--max-steps", 40)
@@ -148,6 +148,13 @@ def test_the_matching_layer_is_a_loop_over_interpolated_samples():
     assert torch.autograd.gradcheck(
         lambda x, w: bmn.Matching(s).forward(x.float(), w.float()).double().sum(0),
         (x[:1].double(), weight[:2].double()), eps=1e-2, atol=1e-2)
+
+
+def test_the_dense_layer_of_the_bench_is_the_same():
+    s = small(max_steps=7)
+    x = torch.randn(2, 7, 3)
+    weight = torch.randn(5, 3, 4, 1, 1)
+    assert torch.allclose(bench.DenseMatching(s)(x, weight), bmn.Matching(s)(x, weight), atol=1e-5)
 
 
 def test_the_segment_classifier_is_linear_in_means():
@@ -319,6 +326,17 @@ def test_init_takes_a_public_checkpoint(own, capsys):
     text = capsys.readouterr().out
     assert "weights are those of" in text
     assert "not used: x_1d_b.0.weight" in text  # of another width
+
+
+def test_the_tables_of_bmn(own, capsys):
+    argv = argv_of(own, "--theta-l", 0)
+    at = argv.index("--out")
+    del argv[at:at + 2]
+    argv.remove("--no-page")
+    assert tables.main(["1-bmn", "S3-bmn", "--seeds", "1", "--runs", str(own / "runs"), *argv]) == 0
+    text = capsys.readouterr().out
+    for name, *_ in tables.ROWS["1-bmn"] + tables.ROWS["S3-bmn"]:
+        assert f"| {name} |" in text
 
 
 def test_bad_settings_are_refused(own, capsys):

@@ -57,7 +57,7 @@ def test_tables_share_stages_resume_and_print_markdown(own, capsys, monkeypatch)
 @pytest.mark.parametrize("name", [*tables.ROWS, *tables.PROBES])
 def test_every_row_of_the_tables_is_a_command_of_train(own, name):
     for row in tables.ROWS.get(name, tables.PROBES.get(name)):
-        assert train.parse_settings([*own_argv(own), *row[-1].split()])
+        assert train.parse_settings([*own_argv(own), *row[-1].split()], tables.kind_of(name))
 
 
 def test_a_killed_shared_stage_goes_on_under_another_row(own):
@@ -247,6 +247,7 @@ def quick(monkeypatch):
     (bench.map_row, ("random", bench.random_detections, (2000,), 1)),
     (bench.kmeans_row, (80, 1)),
     (bench.loading_row, (64, 1)),
+    (bench.bmn_row, (False, 1, 1)),
 ], ids=lambda value: getattr(value, "__name__", "small"))
 def test_every_part_is_measured(quick, work, arguments):
     row = bench.in_child(work, "cpu", *arguments)
