@@ -32,6 +32,8 @@ IMPORTS = {
     "train": {"acp", "alqa", "data", "evaluate", "icd", "model"},
 }
 IMPORTS |= {f"extras/{name}": set(CORE) for name in EXTRAS}
+# Both know the other detector.
+IMPORTS |= {f"extras/{name}": {*CORE, "extras"} for name in ("bench", "tables")}
 
 
 def tree_of(name):

@@ -280,7 +280,7 @@ def test_class_without_labelled_instance_and_a_video_of_one_step(own, capsys):
     "--icd none",
     "--icd eap",
     "--icd mpp",
-    "--icd-score relative --theta-drop -0.2 --theta-mine 0.2",
+    "--icd-score absolute --theta-drop 0.3 --theta-mine 0.7",
     "--acp none",
     "--acp coarse",
     "--acp fine",
