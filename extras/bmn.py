@@ -282,7 +282,7 @@ class Detector(nn.Module):
         return start, end, *self.maps(x), self.classes(x)
 
     def forward(self, feats, mask):
-        """feats (B, T, D), mask (B, T), any T >= 1 -> Outputs. Raises nothing for short videos."""
+        """feats (B, T, D), mask (B, T), any T >= 1 -> Outputs; the windows are seen in float32."""
         B, T = mask.shape
         W = self.window
         first = list(range(0, max(T - W, 0), W // 2)) + [max(T - W, 0)]
@@ -290,7 +290,8 @@ class Detector(nn.Module):
         x, inside = (F.pad(part, (0, 0, 0, max(W - T, 0))) for part in (x, mask[..., None]))
         windows = torch.stack([x[:, i:i + W] for i in first], 1).float()  # (B, n, W, C)
         steps = torch.stack([inside[:, i:i + W, 0] for i in first], 1)  # (B, n, W)
-        parts = [self.of_windows(part) for part in windows.flatten(0, 1).split(AT_ONCE * B)]
+        with torch.autocast(x.device.type, enabled=False):
+            parts = [self.of_windows(part) for part in windows.flatten(0, 1).split(AT_ONCE * B)]
         start, end, *maps, cls_logits = (torch.cat(part) for part in zip(*parts))
         start, end = (part.unflatten(0, steps.shape[:2]) * steps for part in (start, end))
         regression, action, p_tnd = (part.reshape(B, -1) for part in maps)

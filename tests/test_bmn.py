@@ -322,7 +322,8 @@ def test_a_run_goes_on_where_it_was_killed(own):
 def test_init_takes_a_public_checkpoint(own, capsys):
     public = SHARED / "reference/bmn_tiny.pth.tar"
     more = ("--hidden", 16, "--map-wide", 24, "--map-width", 8, "--samples", 32)
-    assert bmn.main(argv_of(own, *more, "--init", public, "--stage", "supervised")) == 0
+    more += ("--init", public, "--stage", "supervised", "--precision", "bfloat16")
+    assert bmn.main(argv_of(own, *more)) == 0
     text = capsys.readouterr().out
     assert "weights are those of" in text
     assert "not used: x_1d_b.0.weight" in text  # of another width
