@@ -210,6 +210,10 @@ class Settings(evaluate.DetectionSettings):
         if self.mixup and self.batch % 2:
             raise BadInput("setting mixup pairs the videos of a batch: "
                            f"setting batch must be even, but is {self.batch}")
+        if self.icd_score == "absolute" and self.theta_drop < 0:
+            raise BadInput(f"setting theta_drop, {self.theta_drop:g}, drops nothing of absolute "
+                           "similarities, which are not negative: the paper has --theta-drop 0.3 "
+                           "--theta-mine 0.7")
         if self.rerank and self.repeat == 1:
             raise BadInput("setting rerank looks at detections whose tIoU is over the setting "
                            "repeat, which must be below 1")

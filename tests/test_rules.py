@@ -53,6 +53,11 @@ def test_label_smoothing_moves_the_targets_of_the_plain_detector_alone():
     assert not torch.allclose(cls_of(0.0), expected)
 
 
+def test_absolute_similarities_need_their_own_thresholds(capsys):
+    refused(["--icd-score", "absolute", "--check"], capsys, "theta_drop, -0.2", "--theta-drop 0.3")
+    assert settings("--icd-score", "absolute", "--theta-drop", 0.3).theta_drop == 0.3
+
+
 def test_beta_below_1_is_refused(capsys):
     refused(["--beta", "0.9", "--check"], capsys, "beta", "at least 1", "0.9")
 
