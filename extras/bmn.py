@@ -409,7 +409,12 @@ def batch_losses(outputs, instances, s):
 # ---- Settings -----------------------------------------------------------------------------------
 
 PRESET = {  # beside those of train.PRESETS
-    "theta_l": 0.02,  # a product of four probabilities is small
+    "theta_l": 0.02,  # a product of five numbers below 1 is small
+    "min_score": 1e-4,
+    "nms_sigma": 0.4,
+    "vote": 0.0,
+    "lr": 1e-3,
+    "lambda_reg": 1.0,
     "t_plus": 1.0,  # the losses are means already
     "t_plus_momentum": 1.0,
 }
@@ -425,6 +430,7 @@ OWN = {  # a user's own data: what two cores train in minutes
 PRESETS = {
     "activitynet": {
         "extension": ".csv",
+        "stride": 0.0,  # rows that lie over the whole video, as BSN has made them
         "resize": 100,
         "max_steps": 100,
         "crop_min": 1.0,

@@ -1,4 +1,5 @@
 """Tests of extras/bmn.py: the public BMN's outputs, brute force, empty cases, whole runs."""
+import json
 import math
 
 import numpy as np
@@ -327,6 +328,43 @@ def test_init_takes_a_public_checkpoint(own, capsys):
     text = capsys.readouterr().out
     assert "weights are those of" in text
     assert "not used: x_1d_b.0.weight" in text  # of another width
+
+
+def test_rows_over_a_whole_video_are_read_as_the_public_bmn_has_them(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "features").mkdir()
+    database = {}
+    for i in range(4):
+        lines = [",".join(f"c{j}" for j in range(8))]
+        lines += [",".join(f"{x:.4f}" for x in row) for row in rng.normal(size=(100, 8))]
+        (tmp_path / f"features/v_{i}.csv").write_text("\n".join(lines) + "\n")
+        database[f"{i}"] = {
+            "subset": "training" if i < 3 else "validation", "duration": 50.0,
+            "annotations": [{"segment": [10.0, 30.0], "label": "AB"[i % 2]}]}
+    (tmp_path / "anet.json").write_text(json.dumps({"database": database}))
+    (tmp_path / "split.txt").write_text("v_0\nv_2\n")  # as SSTAP's split files name them
+    s = train.parse_settings([
+        "--dataset", "activitynet", "--annotations", str(tmp_path / "anet.json"),
+        "--features", str(tmp_path / "features"), "--split", str(tmp_path / "split.txt"),
+        "--out", str(tmp_path / "run")], bmn.Settings)
+    d = data.load_dataset(s)
+    assert [video.id for video in d.labelled] == ["0", "2"]
+    assert d.labelled[0].steps == s.window() == 100
+    first, last = bmn.pairs_of(100)
+    action = ((first == 20) & (last == 59)).nonzero().item()  # two rows a second
+    out = s.build(8, 2)(data.load_item(d.labelled[0], d, s)["feats"][None],
+                        torch.ones(1, 100).bool())
+    record = {"segments": d.labelled[0].segments, "labels": d.labelled[0].labels,
+              "rejected": torch.zeros(0, 2)}
+    assert bmn.targets(out, 0, record)["tIoU"].argmax() == action
+
+
+def test_external_scores_name_the_classes_and_the_result_says_so(own):
+    scores = {f"v{i}": {"A": 0.9, "B": 0.1} for i in range(14)}
+    (own / "scores.json").write_text(json.dumps({"results": scores}))
+    more = ("--one-class", "--ext-scores", own / "scores.json", "--stage", "supervised")
+    assert bmn.main(argv_of(own, *more)) == 0
+    assert read_result(own / "run/metrics.json")["external_scores"]
 
 
 def test_the_tables_of_bmn(own, capsys):
