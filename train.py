@@ -273,6 +273,7 @@ OWN = {  # a user's own data
     "supervised_steps": 400,
     "joint_epochs": 10,
     "input_dropout": 0.3,
+    "acp": "none",  # its gain goes from 5 points up to 5 down
     "icd_pool": "mean",
     "icd_score": "relative",
     "theta_drop": -0.2,
@@ -287,6 +288,7 @@ PRESETS = {
     "toy": OWN | {
         "channels": 64,
         "joint_epochs": 20,
+        "acp": "coarse+fine",  # all three stages
     },
     "thumos": PUBLISHED | {
         "root": "data/thumos",

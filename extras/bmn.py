@@ -437,7 +437,7 @@ PRESETS = {
         "supervised_epochs": 9,
         "supervised_steps": 0,
     },
-    "thumos": {"max_steps": 256, "batch": 16},
+    "thumos": {"max_steps": 256},
 }
 
 

@@ -33,6 +33,7 @@ TINY = (
     "--device", "cpu",
     "--precision", "float32",
     "--no-page",
+    "--acp", "coarse+fine",
 )
 
 
