@@ -424,8 +424,7 @@ OWN = {  # a user's own data: what two cores train in minutes
     "map_width": 32,
     "samples": 16,
     "max_steps": 128,
-    "supervised_steps": 200,
-    "joint_epochs": 5,
+    "supervised_steps": 800,
 }
 PRESETS = {
     "activitynet": {

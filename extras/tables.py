@@ -151,6 +151,19 @@ ROWS = {
         ("MPP", None, "--icd mpp"),
         ("EAP + MPP", None, ""),
     ],
+    "choose": [  # what own data have by default was chosen among these
+        ("class score >= 0.3", None, f"{PLAIN} {FIXED}"),
+        ("no ICD, fixed 0.3", None, f"{NO_ACP} {FIXED}"),
+        ("no ICD, mean - std a class", None, f"{NO_ACP} {NO_ICD}"),
+        ("absolute, mean - std a class", None, f"{NO_ACP} {ABSOLUTE}"),
+        ("absolute, mean + std a video", None,
+         f"{NO_ACP} {ABSOLUTE} --threshold mean+std --scope video"),
+        ("relative, mean - std a class", None, NO_ACP),
+        ("relative, fixed 0.3", None, f"{NO_ACP} --threshold fixed"),
+        ("relative, mean of a class", None, f"{NO_ACP} --threshold mean"),
+        ("relative, mean + std a video", None, f"{NO_ACP} --threshold mean+std --scope video"),
+        ("relative, mean - std a class, ACP", None, WITH_ACP),
+    ],
     "open": [("the defaults", None, ""), *((option, None, option) for option in OPEN)],
 }
 
