@@ -140,6 +140,13 @@ def icd_loss(D, bank, batch, number, generator):
 
 
 @torch.no_grad()
+def with_side(D, bank):
+    """The bank with its instances times their half of the discriminator's W_1, for many videos."""
+    _, W_right = D.W_1.weight.chunk(2, 1)
+    return bank | {"side": bank["feats"] @ W_right.T}  # (N, hidden)
+
+
+@torch.no_grad()
 def similarity(D, feats, labels, bank):
     """Eq. (10): s_i = 1 / |F_c| * sum_{f_j in F_c} D(f_i, f_j).
 
@@ -147,12 +154,15 @@ def similarity(D, feats, labels, bank):
     taken in its two halves, so that each instance is multiplied once, not once a pair.
     feats   (N, D), pooled
     labels  (N,)
+    bank    may have been through with_side()
     ->      (N,); NaN where the class has no labelled instance"""
-    W_left, W_right = D.W_1.weight.chunk(2, 1)
+    W_left, _ = D.W_1.weight.chunk(2, 1)
+    if "side" not in bank:
+        bank = with_side(D, bank)
     left = feats @ W_left.T + D.W_1.bias  # (N, hidden)
     s = feats.new_zeros(len(feats))
     for c in labels.unique():
-        F_c = bank["feats"][bank["labels"] == c] @ W_right.T
+        F_c = bank["side"][bank["labels"] == c]
         for i in (labels == c).nonzero()[:, 0].split(64):
             D_ij = torch.sigmoid(D.W_2(F.relu(left[i, None] + F_c)))  # (64, |F_c|, 1)
             s[i] = D_ij.mean((1, 2))  # of nothing: NaN

@@ -1081,11 +1081,12 @@ def compare_all(run, selected):
     """ICD compares the detections {id: record} with the labelled instances of their class."""
     s = run.s
     run.discriminator.eval()
+    bank = icd.with_side(run.discriminator, run.bank)
     compared = {}
     for video in data.share_of(run.data.unlabelled):
         feats = data.load_item(video, run.data, s)["feats"].to(s.device)
         compared[video.id] = icd.compare(
-            selected[video.id], run.discriminator, run.bank, feats, s.icd_pool, s.icd_score)
+            selected[video.id], run.discriminator, bank, feats, s.icd_pool, s.icd_score)
     compared = data.dict_of_all(compared)
     return {name: compared[name] for name in selected}
 
