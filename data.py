@@ -1362,7 +1362,7 @@ def open_videos(annotations, sources, s, path, dim):
                 check_segments(a, videos[name], where)
         except BadInput as fault:
             faults[name] = fault
-    refuse(faults)
+    refuse({name: faults[name] for name in annotations if name in faults})
     return videos, sums
 
 

@@ -34,6 +34,7 @@ TINY = (
     "--precision", "float32",
     "--no-page",
     "--acp", "coarse+fine",
+    "--input-dropout", 0,
 )
 
 
