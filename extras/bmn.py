@@ -442,14 +442,14 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Settings(train.Settings):
-    """train.py's settings and BMN's. [S] the paper, [B] the public BMN, [J] neither."""
-    hidden: int = setting(256, "width C of the base [B]", "from 1 to 8192")
-    map_wide: int = setting(512, "width of a pair after the sampling layer [B]", "from 1 to 8192")
-    map_width: int = setting(128, "width of the map's convolutions [B]", "from 1 to 8192")
-    samples: int = setting(32, "samples N of a pair [B]", "from 1 to 8192")
-    points: int = setting(3, "interpolated points that a sample is the mean of [B]",
+    """train.py's settings and BMN's; the defaults are the public BMN's."""
+    hidden: int = setting(256, "width C of the base", "from 1 to 8192")
+    map_wide: int = setting(512, "width of a pair after the sampling layer", "from 1 to 8192")
+    map_width: int = setting(128, "width of the map's convolutions", "from 1 to 8192")
+    samples: int = setting(32, "samples N of a pair", "from 1 to 8192")
+    points: int = setting(3, "interpolated points that a sample is the mean of",
                           "from 1 to 8192")
-    margin: float = setting(0.5, "what is sampled on either side, as a share of the pair [B]")
+    margin: float = setting(0.5, "what is sampled on either side, as a share of the pair")
 
     def __post_init__(self):
         super().__post_init__()
