@@ -1261,9 +1261,13 @@ def memory_of(s):
     return Path(cache, "apl", f"{name.hexdigest()[:16]}.npz")
 
 
-def state_of(file):
-    """What changes with a file's content: its size, the times of its content and of its entry."""
-    state = os.stat(file)
+def state_of(source):
+    """What changes with a file's content: its size, the times of its content and of its entry.
+
+    None for an array, and where there is no file."""
+    if isinstance(source, np.ndarray) or not os.path.isfile(source):
+        return None
+    state = os.stat(source)
     return state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
@@ -1289,39 +1293,31 @@ def remember(memory, known):
         return  # it would only have saved time
 
 
-def sum_known(source, known, key, name):
-    """(file, state, sum_features() in one row) of a source, from `known` if it has not changed.
-
-    An array has no file."""
-    if isinstance(source, np.ndarray) or not os.path.isfile(source):
-        return None, None, np.hstack(sum_features(source, key, name))
-    file, state = os.path.abspath(source), state_of(source)
-    then, row = known.get(file, (None, None))
-    if then != state:
-        row = np.hstack(sum_features(source, key, name))
-    return file, state, row
-
-
 def sum_all(sources, s):
     """({id: sum_features()}, {id: BadInput}) of all sources; a file is read once until it changes.
 
     A video that is bad is in the second."""
     memory = memory_of(s)
-    known = recall(memory)
-    now = {}
+    states = {name: state_of(source) for name, source in sources.items()}
+    known = recall(memory) if any(states.values()) else {}
+    read = {}
     sums = {}
     faults = {}
     for name, source in sources.items():
-        try:
-            file, state, row = sum_known(source, known, s.feature_key, name)
-        except BadInput as fault:
-            faults[name] = fault
-            continue
+        state = states[name]
+        file = state and os.path.abspath(source)
+        then, row = known.get(file, (None, None))
+        if state is None or then != state:
+            try:
+                row = np.hstack(sum_features(source, s.feature_key, name))
+            except BadInput as fault:
+                faults[name] = fault
+                continue
+            if state:
+                read[file] = state, row
         sums[name] = int(row[0]), *np.split(row[1:], 2)
-        now[file] = state, row
-    now.pop(None, None)
-    if is_first() and any(known.get(file, (None,))[0] != now[file][0] for file in now):
-        remember(memory, known | now)
+    if read and is_first():
+        remember(memory, known | read)
     return sums, faults
 
 

@@ -146,42 +146,64 @@ def with_side(D, bank):
     return bank | {"side": bank["feats"] @ W_right.T}  # (N, hidden)
 
 
+def sides(D, feats, bank):
+    """The two sides of the discriminator's W_1, that of pooled features and that of the bank.
+
+    Each instance is multiplied once, not once a pair; the bank's side may be there already.
+    feats  (N, D)
+    ->     (N, hidden), (M, hidden)"""
+    W_left, _ = D.W_1.weight.chunk(2, 1)
+    if "side" not in bank:
+        bank = with_side(D, bank)
+    return feats @ W_left.T + D.W_1.bias, bank["side"]
+
+
+def mean_D(D, left, right):
+    """The mean of D over the pairs of each row of `left` with all of `right` -> (N,); NaN of none.
+
+    left, right  (N, hidden), (M, hidden), as sides() gives them"""
+    means = [left.new_zeros(0)]
+    for part in left.split(64):
+        D_ij = torch.sigmoid(D.W_2(F.relu(part[:, None] + right)))  # (64, M, 1)
+        means.append(D_ij.mean((1, 2)))
+    return torch.cat(means)
+
+
 @torch.no_grad()
 def similarity(D, feats, labels, bank):
     """Eq. (10): s_i = 1 / |F_c| * sum_{f_j in F_c} D(f_i, f_j).
 
-    F_c are all labelled instances of the predicted class c. D is in eval mode; W_1 of Eq. (9) is
-    taken in its two halves, so that each instance is multiplied once, not once a pair.
+    F_c are all labelled instances of the predicted class c. D is in eval mode.
     feats   (N, D), pooled
     labels  (N,)
     bank    may have been through with_side()
     ->      (N,); NaN where the class has no labelled instance"""
-    W_left, _ = D.W_1.weight.chunk(2, 1)
-    if "side" not in bank:
-        bank = with_side(D, bank)
-    left = feats @ W_left.T + D.W_1.bias  # (N, hidden)
+    f, F_all = sides(D, feats, bank)
     s = feats.new_zeros(len(feats))
     for c in labels.unique():
-        F_c = bank["side"][bank["labels"] == c]
-        for i in (labels == c).nonzero()[:, 0].split(64):
-            D_ij = torch.sigmoid(D.W_2(F.relu(left[i, None] + F_c)))  # (64, |F_c|, 1)
-            s[i] = D_ij.mean((1, 2))  # of nothing: NaN
+        i = labels == c
+        F_c = F_all[bank["labels"] == c]
+        s[i] = mean_D(D, f[i], F_c)
     return s
 
 
 # ---- Not in the paper ---------------------------------------------------------------------------
 
+@torch.no_grad()
 def own_minus_other(D, feats, labels, bank):
     """The similarity to the predicted class less the largest to another, in [-1, 1].
 
     An answer to the paper's future work (Sec. 5): 0 is the middle of every class, so that two
     numbers serve them all. What similarity() takes and gives; 0 is taken off where there is no
     other class."""
+    f, F_all = sides(D, feats, bank)
+    own = feats.new_full((len(feats),), torch.nan)
     other = feats.new_zeros(len(feats))
     for c in bank["labels"].unique():
-        s_c = similarity(D, feats, torch.full_like(labels, c), bank)
+        s_c = mean_D(D, f, F_all[bank["labels"] == c])
+        own = torch.where(labels == c, s_c, own)
         other = torch.where(labels == c, other, torch.maximum(other, s_c))
-    return similarity(D, feats, labels, bank) - other
+    return own - other
 
 
 # ---- The box ICD of Fig. 1 ----------------------------------------------------------------------

@@ -553,7 +553,7 @@ class DenseMatching(torch.nn.Module):
         mask = torch.zeros(W, N, W, W)
         each = bmn.sampling(W, s).to_dense().float().reshape(-1, N, W)
         mask[:, :, first, last] = each.permute(2, 1, 0)
-        self.mask = mask.reshape(W, -1)
+        self.register_buffer("mask", mask.reshape(W, -1), persistent=False)
         self.pairs = first, last
 
     def forward(self, x, weight):

@@ -14,7 +14,8 @@ segments, trained on the labelled videos alone, names the class. The joint score
 
 The three stages, ALQA's selection, ICD and ACP are those of the method's files. A video longer
 than a window is seen in half-overlapping windows. Letters as in model.py, and W steps of a window,
-P pairs (s, e) of a window, s <= e, N samples of a pair.
+P pairs (s, e) of a window, s <= e, N samples of a pair. [B] is the public BMN's, [J] neither that
+nor the paper's.
 """
 import sys
 import warnings
@@ -133,6 +134,12 @@ class Matching(nn.Module):
 
 # ---- The network --------------------------------------------------------------------------------
 
+def at_pairs(start, end):
+    """Numbers at the steps of the windows, two (B, n, W), at the pairs: two (B, n * P)."""
+    s, e = pairs_of(start.shape[2]).to(start.device)
+    return start[..., s].flatten(1), end[..., e].flatten(1)
+
+
 class Outputs(NamedTuple):
     """Raw predictions at the pairs of all windows, and the base that they were made from."""
     cls_logits: torch.Tensor  # (B, P, K), of the classifier of segments
@@ -151,14 +158,9 @@ class Outputs(NamedTuple):
         """What the heads give."""
         return self.cls_logits, self.start, self.end, self.action, self.p_tiou, self.p_tnd
 
-    def at_pairs(self, start, end):
-        """Numbers at the steps of the windows, two (B, n, W), at the pairs: two (B, n * P)."""
-        s, e = pairs_of(start.shape[2]).to(start.device)
-        return start[..., s].flatten(1), end[..., e].flatten(1)
-
     def p_cls(self):
         """All of the joint score but ALQA's reliability: (B, P, K)."""
-        start, end = self.at_pairs(self.start, self.end)
+        start, end = at_pairs(self.start, self.end)
         proposal = start * end * self.action
         return torch.sigmoid(self.cls_logits) * proposal[..., None]
 
@@ -197,7 +199,7 @@ class Segmentwise(nn.Module):
         self.before = nn.Linear(dim, num_classes, bias=False)
         self.inside = nn.Linear(dim, num_classes)
         self.after = nn.Linear(dim, num_classes, bias=False)
-        nn.init.constant_(self.inside.bias, 0)
+        nn.init.zeros_(self.inside.bias)
 
     def forward(self, x):
         W = x.shape[1]
@@ -295,14 +297,13 @@ class Detector(nn.Module):
         start, end, *maps, cls_logits = (torch.cat(part) for part in zip(*parts))
         start, end = (part.unflatten(0, steps.shape[:2]) * steps for part in (start, end))
         regression, action, p_tnd = (part.reshape(B, -1) for part in maps)
-        outputs = Outputs(
-            cls_logits.reshape(B, -1, cls_logits.shape[-1]), start, end, action, regression, p_tnd,
-            None, steps, torch.tensor(first, device=x.device), [x[:, :T]], masks)
         boundaries = (steps, steps)
         if not self.training:
             boundaries = (peaks(start, steps), peaks(end, steps))
-        of_start, of_end = outputs.at_pairs(*boundaries)
-        return outputs._replace(mask=of_start & of_end)
+        of_start, of_end = at_pairs(*boundaries)
+        return Outputs(
+            cls_logits.reshape(B, -1, cls_logits.shape[-1]), start, end, action, regression, p_tnd,
+            of_start & of_end, steps, torch.tensor(first, device=x.device), [x[:, :T]], masks)
 
 
 # ---- Targets and losses -------------------------------------------------------------------------
@@ -547,21 +548,26 @@ def evaluate_proposals(path, annotations, subset):
 
 # ---- The command line ---------------------------------------------------------------------------
 
+def show_proposals(argv):
+    """The command line with --proposals; returns the exit code, 2 for bad input."""
+    parser = evaluate.Parser(description=evaluate_proposals.__doc__, allow_abbrev=False)
+    parser.add_argument("--proposals", required=True, help="predictions.json of a run")
+    parser.add_argument("--gt", required=True, help="annotation file")
+    parser.add_argument("--subset", default="validation", help="its test videos")
+    try:
+        args = parser.parse_args(argv)
+        data.say(evaluate_proposals(args.proposals, args.gt, args.subset))
+    except (BadInput, OSError) as error:
+        data.complain(error)
+        return 2
+    return 0
+
+
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
     argv = sys.argv[1:] if argv is None else argv
     if "--proposals" in argv:
-        try:
-            parser = evaluate.Parser(description=evaluate_proposals.__doc__, allow_abbrev=False)
-            parser.add_argument("--proposals", required=True, help="predictions.json of a run")
-            parser.add_argument("--gt", required=True, help="annotation file")
-            parser.add_argument("--subset", default="validation", help="its test videos")
-            args = parser.parse_args(argv)
-            data.say(evaluate_proposals(args.proposals, args.gt, args.subset))
-        except (BadInput, OSError) as error:
-            data.complain(error)
-            return 2
-        return 0
+        return show_proposals(argv)
     if "--checkpoint" in argv:
         return evaluate.main(argv, Settings)
     return train.main(argv, Settings)
