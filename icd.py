@@ -162,8 +162,8 @@ def mean_D(D, left, right):
     """The mean of D over the pairs of each row of `left` with all of `right` -> (N,); NaN of none.
 
     left, right  (N, hidden), (M, hidden), as sides() gives them"""
-    means = [left.new_zeros(0)]
-    for part in left.split(64):
+    means = []
+    for part in left.split(64):  # of none: one empty part
         D_ij = torch.sigmoid(D.W_2(F.relu(part[:, None] + right)))  # (64, M, 1)
         means.append(D_ij.mean((1, 2)))
     return torch.cat(means)
