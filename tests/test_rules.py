@@ -133,6 +133,14 @@ def test_presets_are_those_of_the_public_files():
     assert ranges[2:] == ["0:4,2:8,4:16,8:32,16:64,32:inf"] * 2
 
 
+@pytest.mark.parametrize("similarity", [icd.similarity, icd.own_minus_other])
+def test_the_labels_of_records_lie_on_the_cpu_whatever_the_device_of_icd(similarity):
+    D = icd.Discriminator(4, 16, 0.5).eval().to("meta")  # a device that every machine has
+    bank = {"feats": torch.randn(5, 4, device="meta"), "labels": torch.tensor([0, 0, 1, 2, 2])}
+    s = similarity(D, torch.randn(3, 4, device="meta"), torch.tensor([0, 1, 3]), bank)
+    assert (s.device.type, len(s)) == ("meta", 3)
+
+
 def test_relative_similarity_is_the_own_class_less_the_best_other():
     D = icd.Discriminator(4, 16, 0.5).eval()
     bank = {"feats": torch.randn(5, 4), "labels": torch.tensor([0, 0, 1, 2, 2])}
