@@ -195,7 +195,8 @@ class DataSettings(CheckedSettings):
     bad_segments: str = setting(
         "error", "what a segment that is empty or outside its video does", ("error", "skip"))
     resize: int = setting(
-        0, "resize every video to this number of steps; 0: keep its length", "from 0 to 8192")
+        0, "resize every video to this number of steps; 0: keep its length [A: 192 ActivityNet]",
+        "from 0 to 8192")
     standardize: bool = setting(True, "standardise the input over all training videos [J]")
     ratio: float = setting(
         0.0,

@@ -118,7 +118,7 @@ class Settings(evaluate.DetectionSettings):
         "so [J]")
     rerank: bool = from_stage_3(
         False,
-        "rerank by the spread of overlapping boundaries, as NPL [53] does, reconstructed (Table 1)")
+        "rerank by the spread of overlapping boundaries, reconstructed from NPL [53] (Table 1) [J]")
     # ICD
     icd: str = from_stage_3(
         "eap+mpp",
@@ -165,7 +165,7 @@ class Settings(evaluate.DetectionSettings):
         "detected and rejected instances in stage 3 [J]", ("masked", "background"))
     mixup: float = from_stage_2(
         0.0,
-        "MixUp of the labelled videos of a batch (Table 1): alpha of Beta(alpha, alpha); 0: none")
+        "MixUp of a batch's labelled videos (Table 1): alpha of Beta(alpha, alpha) [J]; 0: none")
     # training
     lr: float = setting(1e-4, "learning rate of AdamW, cosine decay [S]", "positive")
     weight_decay: float = setting(1e-4, "of the matrices [S]")
