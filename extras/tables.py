@@ -102,6 +102,7 @@ ROWS = {
         ("+ ICD", 23.3, NO_ACP),
         ("+ ACP", 24.5, WITH_ACP),
         ("baseline, no repeat removed, nothing masked", None, f"{PLAIN} {FIXED} {BARE}"),
+        ("supervised only, ALQA", None, f"--stage supervised {NO_ACP}"),
     ],
     "3a-paper": [
         ("baseline", 17.0, f"{AS_PUBLISHED} {PLAIN} {FIXED}"),
