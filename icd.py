@@ -201,9 +201,9 @@ def own_minus_other(D, feats, labels, bank):
     other = feats.new_zeros(len(feats))
     for c in bank["labels"].unique():
         s_c = mean_D(D, f, F_all[bank["labels"] == c])
-        of_c = (labels == c).to(s_c.device)  # records lie on the CPU
-        own = torch.where(of_c, s_c, own)
-        other = torch.where(of_c, other, torch.maximum(other, s_c))
+        i = labels == c
+        own[i] = s_c[i]
+        other[~i] = torch.maximum(other[~i], s_c[~i])
     return own - other
 
 
