@@ -8,7 +8,8 @@ Output  L_acp = L_coarse + L_fine, a scalar with gradient into the backbone and 
 import torch
 import torch.nn.functional as F
 
-from data import rows_of_all, share_of
+from model import steps_inside
+from plumbing.processes import draws_of_batch, rows_of_all
 
 ACP = ("none", "coarse", "fine", "coarse+fine")
 
@@ -17,9 +18,9 @@ def sample_steps(lengths, m, generator):
     """Cut each video's valid steps into m equal parts and draw one step from each.
 
     A video of fewer than m steps gives some of them more than once.
-    lengths  (B,) integers
+    lengths  (B,) integers, on the CPU
     ->       (B, m) integers"""
-    part = torch.arange(m) + torch.rand(len(lengths), m, generator=generator)
+    part = torch.arange(m) + draws_of_batch((len(lengths), m), generator=generator)
     steps = (lengths[:, None].double() * part / m).long()
     return torch.minimum(steps, lengths[:, None] - 1)
 
@@ -39,14 +40,11 @@ def representation(levels, masks, steps):
     parts = []
     for level, (x, mask) in enumerate(zip(levels, masks)):
         last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
-        position = steps / 2 ** level  # where the level's points lie
-        before = torch.minimum(position.floor().long(), last)
+        position = torch.minimum(steps / 2 ** level, last)  # where the level's points lie
+        before = position.long()
         after = torch.minimum(before + 1, last)
-        weight = (position - before).clamp(max=1)[..., None]
-        parts.append(torch.lerp(
-            rows_at(x, before).float(),
-            rows_at(x, after).float(),
-            weight))
+        weight = (position - before)[..., None]
+        parts.append(torch.lerp(rows_at(x, before).float(), rows_at(x, after).float(), weight))
     return torch.cat(parts, -1)
 
 
@@ -111,20 +109,15 @@ def cluster_labels(x, s, generator):
     return coarse, fine
 
 
-def covers(segments, steps):
-    """Which steps (m,) lie in which segments (N, 2) -> (m, N) bool."""
-    return (steps[:, None] >= segments[:, 0]) & (steps[:, None] <= segments[:, 1])
-
-
 def step_classes(steps, segments, labels, rejected, num_classes):
     """The class of each step (m,) -> (m,): of the shortest segment (N, 2) that covers it.
 
     Else -1, unknown, inside a rejected segment; else background, num_classes."""
-    classes = torch.where(covers(rejected, steps).any(1), -1, num_classes)
+    classes = torch.where(steps_inside(rejected, steps).any(1), -1, num_classes)
     if len(segments) == 0:
         return classes
     length = segments[:, 1] - segments[:, 0]
-    shortest, index = torch.where(covers(segments, steps), length, torch.inf).min(1)
+    shortest, index = torch.where(steps_inside(segments, steps), length, torch.inf).min(1)
     return torch.where(shortest < torch.inf, labels[index], classes)
 
 
@@ -135,18 +128,11 @@ def action_labels(steps, instances, num_classes):
     leaves out a step inside what was detected and rejected, and a video without an instance.
     steps  (B, m)
     ->     coarse, fine, each (B, m)"""
-    fine = []
-    for video_steps, r in zip(steps, instances):
-        classes = torch.full_like(video_steps, -1)
+    fine = torch.full_like(steps, -1)
+    for b, r in enumerate(instances):
         if len(r["labels"]):
-            classes = step_classes(
-                video_steps,
-                r["segments"],
-                r["labels"],
-                r["rejected"],
-                num_classes)
-        fine.append(classes)
-    fine = torch.stack(fine)
+            fine[b] = step_classes(
+                steps[b], r["segments"], r["labels"], r["rejected"], num_classes)
     coarse = torch.where(fine < 0, fine, (fine < num_classes).long())
     return coarse, fine
 
@@ -166,7 +152,7 @@ def info_nce(z, labels, tau):
     P = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
     anchors = P.any(1) & ~same.all(1)
     if not anchors.any():
-        return z.sum() * 0
+        return z.sum() * 0  # 0, of which backward() gives gradients of 0
     sim, P, same = sim[anchors], P[anchors], same[anchors]
     log_negatives = sim.masked_fill(same, -torch.inf).logsumexp(1, keepdim=True)
     log_ratio = sim - torch.logaddexp(sim, log_negatives)
@@ -187,23 +173,20 @@ def acp_loss(pyramid, feats, instances, num_classes, s, generator):
     ->         scalar"""
     levels, masks = pyramid
     # 1) A step from each part of each video.
-    lengths = rows_of_all(masks[0].sum(1)).cpu()
-    steps = share_of(sample_steps(lengths, s.acp_steps, generator)).to(feats.device)
+    lengths = masks[0].sum(1).cpu()
+    steps = sample_steps(lengths, s.acp_steps, generator).to(feats.device)
     # 2) The representation there.
     z = rows_of_all(representation(levels, masks, steps))  # (B, m, L * C)
     # 3) Coarse and fine labels: clusters of the input features, or the instances' classes.
     if instances is None:
         coarse, fine = cluster_labels(rows_of_all(rows_at(feats, steps)), s, generator)
     else:
-        labels = action_labels(steps, instances, num_classes)
-        coarse, fine = (rows_of_all(part) for part in labels)
+        coarse, fine = map(rows_of_all, action_labels(steps, instances, num_classes))
     # 4) The contrasts.
-    L_acp = z.sum() * 0
+    L_coarse = L_fine = 0
     if "coarse" in s.acp:
-        each = [info_nce(z_b, c_b, s.acp_tau) for z_b, c_b in zip(z, coarse)]
-        L_coarse = sum(each) / len(z)
-        L_acp = L_acp + L_coarse
+        L_coarse = sum(info_nce(z_b, c_b, s.acp_tau) for z_b, c_b in zip(z, coarse)) / len(z)
     if "fine" in s.acp:
         L_fine = info_nce(z.flatten(0, 1), fine.flatten(), s.acp_tau)
-        L_acp = L_acp + L_fine
+    L_acp = L_coarse + L_fine
     return L_acp

@@ -9,11 +9,13 @@ box ALQA of Fig. 1, which chooses among them.
 import torch
 import torch.nn.functional as F
 
-from data import column, rows
-from model import tiou, tnd
+from data import gather, take
+from model import assign_targets, steps_inside, tiou, tnd
+from plumbing.processes import sum_of_all
 
-# theta_h of Eq. (6); fixed: the paper's baseline, frequency: NPL's.
-THRESHOLDS = ("mean+std", "mean", "mean-std", "fixed", "frequency")
+# theta_h of Eq. (6), by the multiple of the std; fixed: the paper's baseline, frequency: NPL's.
+STDS = {"mean+std": 1, "mean": 0, "mean-std": -1}
+THRESHOLDS = (*STDS, "fixed", "frequency")
 # What the mean and std of theta_h are taken over.
 SCOPES = ("video", "dataset", "class")
 # Whose tIoU and tND the soft label takes: the regressed segments', or the two branches'.
@@ -115,29 +117,27 @@ def classification_loss(cls_logits, p_tiou, p_tnd, Y, beta, eps):
     return L_cls
 
 
-def alqa_losses(outputs, cls_target, offset_target, use, s):
+def alqa_losses(outputs, cls_target, offset_target, valid, s):
     """The three losses of Sec. 3.1, each summed over the points.
 
     outputs        model.Outputs
     cls_target     (B, P, K), offset_target (B, P, 2), as assign_targets() gives them
-    use            (B, P) bool, the points that count
+    valid          (B, P) bool, the points that count
     s              the settings
     ->             {"cls", "reg", "quality"}, scalars, finite without positives, and "positives",
                    their number"""
-    positive = cls_target.any(-1) & use
+    positive = cls_target.any(-1) & valid
     regressed, target = outputs.offsets[positive], offset_target[positive]  # (N, 2)
     p_tiou, p_tnd = outputs.p_tiou[positive], outputs.p_tnd[positive]  # (N,)
     tIoU, tND = tiou_and_tnd(regressed.detach(), target)  # no gradient: they are targets
-    label_of = (tIoU, tND) if s.soft_label == "computed" else (p_tiou.detach(), p_tnd.detach())
+    label_tiou, label_tnd = tIoU, tND
+    if s.soft_label == "predicted":
+        label_tiou, label_tnd = p_tiou.detach(), p_tnd.detach()
     Y = torch.zeros_like(cls_target)
-    Y[positive] = soft_label(cls_target[positive], *label_of, s.alqa, s.eps)
+    Y[positive] = soft_label(cls_target[positive], label_tiou, label_tnd, s.alqa, s.eps)
     L_cls = classification_loss(
-        outputs.cls_logits[use],
-        outputs.p_tiou[use],
-        outputs.p_tnd[use],
-        Y[use],
-        s.beta,
-        s.eps)
+        outputs.cls_logits[valid], outputs.p_tiou[valid], outputs.p_tnd[valid], Y[valid],
+        s.beta, s.eps)
     L_diou = diou_loss(regressed, target)
     L_quality = quality_loss(p_tiou, p_tnd, tIoU, tND, s.alqa, s.quality_form)
     return {"cls": L_cls.sum(), "reg": L_diou.sum(), "quality": L_quality.sum(),
@@ -169,12 +169,12 @@ def focal_loss(cls_logits, onehot, alpha, gamma):
     return alpha_t * (1 - p_t) ** gamma * BCE
 
 
-def plain_losses(outputs, cls_target, offset_target, use, s):
+def plain_losses(outputs, cls_target, offset_target, valid, s):
     """The losses of plain ActionFormer [62], the baseline: what alqa_losses() takes and gives."""
-    positive = cls_target.any(-1) & use
+    positive = cls_target.any(-1) & valid
     K = cls_target.shape[-1]
-    smooth = cls_target[use] * (1 - s.label_smoothing) + s.label_smoothing / (K + 1)
-    L_cls = focal_loss(outputs.cls_logits[use], smooth, s.focal_alpha, s.focal_gamma)
+    smooth = cls_target[valid] * (1 - s.label_smoothing) + s.label_smoothing / (K + 1)
+    L_cls = focal_loss(outputs.cls_logits[valid], smooth, s.focal_alpha, s.focal_gamma)
     L_diou = diou_loss(outputs.offsets[positive], offset_target[positive])
     return {"cls": L_cls.sum(), "reg": L_diou.sum(), "quality": L_cls.new_zeros(()),
             "positives": positive.sum()}
@@ -194,25 +194,25 @@ def without_repeats(record, overlap, exclusive):
     the better score decides.
     overlap    a repeat's tIoU with a better one of its class is larger (1: all stay)
     exclusive  ... with a better one of any class"""
-    record = rows(record, torch.argsort(record["scores"], descending=True, stable=True))
+    record = take(record, torch.argsort(record["scores"], descending=True, stable=True))
     labels = record["labels"]
     same = (labels[:, None] == labels) | exclusive
     near = overlapping(record["segments"], overlap)
     repeats = torch.triu(near & same, 1)  # (N, N), [i, j]: j repeats i
     keep = torch.ones(len(labels)).bool()
-    for i in range(len(labels)):
+    for i, repeats_i in enumerate(repeats):
         if keep[i]:
-            keep &= ~repeats[i]
-    return rows(record, keep)
+            keep &= ~repeats_i
+    return take(record, keep)
 
 
 def classes_share_segments(videos, overlap):
     """Whether two instances of different classes of a video have a tIoU over `overlap`."""
-    for video in videos:
+    def shares(video):
         differ = video.labels[:, None] != video.labels
-        if (overlapping(video.segments, overlap) & differ).any():
-            return True
-    return False
+        return (overlapping(video.segments, overlap) & differ).any()
+
+    return any(map(shares, videos))
 
 
 def rerank(record, overlap):
@@ -244,18 +244,35 @@ def frequency_thresholds(scores_of, theta_fixed):
     return [theta_fixed * f / (2 - f) for f in shares]
 
 
+# ---- The losses of a batch ----------------------------------------------------------------------
+
+def point_losses(outputs, instances, num_classes, s):
+    """The sums over the points of a batch, of all processes: what alqa_losses() gives.
+
+    The points inside a rejected segment are neither action nor background, unless they are
+    positive for another.
+    instances  B records {"segments", "labels", "rejected"}"""
+    cls_target, offset_target = assign_targets(
+        outputs.points, [r["segments"] for r in instances], [r["labels"] for r in instances],
+        num_classes, s.radius)
+    unsure = torch.stack([
+        steps_inside(r["rejected"], outputs.points.time).any(1) for r in instances])
+    valid = outputs.mask & (cls_target.any(-1) | ~unsure)  # (B, P)
+    losses_of = plain_losses if s.alqa == "none" else alqa_losses
+    losses = losses_of(outputs, cls_target, offset_target, valid, s)
+    return {key: sum_of_all(value) for key, value in losses.items()}
+
+
 # ---- The box ALQA of Fig. 1 ---------------------------------------------------------------------
 
 def group_of(records, scope):
     """What each detection shares theta_h with: {id: record} -> (N,) numbers 0, 1, ..."""
-    labels = column(records, "labels")
-    counts = torch.tensor([len(r["labels"]) for r in records.values()]).long()
-    if scope == "class":
-        shared = labels
-    elif scope == "video":
-        shared = torch.arange(len(counts)).repeat_interleave(counts)
-    else:
-        shared = torch.zeros_like(labels)
+    shared = gather(records, "labels")
+    if scope == "video":
+        counts = torch.tensor([len(r["labels"]) for r in records.values()]).long()
+        shared = torch.repeat_interleave(counts)  # 0, 0, ... 1, 1, ...
+    if scope == "dataset":
+        shared = torch.zeros_like(shared)
     return shared.unique(return_inverse=True)[1]
 
 
@@ -269,18 +286,20 @@ def select(detections, theta_l, threshold, theta_fixed, scope):
     scope        one of SCOPES; "frequency" goes by class
     ->           {id: record} without what theta_l drops, with "positive" (N,) bool, and a list of
                  theta_h, one for each video, class or data set that has a detection left"""
-    left = {name: rows(r, r["scores"] > theta_l) for name, r in detections.items()}
-    scores = column(left, "scores")
+    left = {name: take(r, r["scores"] > theta_l) for name, r in detections.items()}
+    scores = gather(left, "scores").double()
     group = group_of(left, "class" if threshold == "frequency" else scope)
-    parts = [scores[group == number] for number in group.unique()]
+    groups = [group == number for number in group.unique()]
+    parts = [scores[members] for members in groups]
     if threshold == "fixed":
         bounds = [theta_fixed] * len(parts)
     elif threshold == "frequency":
         bounds = frequency_thresholds(parts, theta_fixed)
     else:
-        stds = {"mean+std": 1, "mean": 0, "mean-std": -1}[threshold]
-        bounds = [float(theta_h(s, stds)) for s in parts]
-    positive = scores.double() >= torch.tensor(bounds, dtype=torch.float64)[group]
+        bounds = [float(theta_h(part, STDS[threshold])) for part in parts]
+    positive = torch.zeros(len(scores)).bool()
+    for members, bound in zip(groups, bounds):
+        positive[members] = scores[members] >= bound
     parts = positive.split([len(r["scores"]) for r in left.values()])
     selected = {name: left[name] | {"positive": part} for name, part in zip(left, parts)}
     return selected, bounds

@@ -40,9 +40,11 @@ def pool_instances(feats, segments, pool):
     return pooled
 
 
-def standardised(feats):
-    """The features (T, D) of a video, standardised over the video: for relative similarities."""
-    return (feats - feats.mean(0)) / feats.std(0, correction=0).clamp(min=1e-6)
+def features_of(feats, segments, pool, score):
+    """pool_instances(), for relative similarities of features standardised over the video."""
+    if score == "relative":
+        feats = (feats - feats.mean(0)) / feats.std(0, correction=0).clamp(min=1e-6)
+    return pool_instances(feats, segments, pool)
 
 
 def bank_of(videos, pool, score):
@@ -55,8 +57,7 @@ def bank_of(videos, pool, score):
     labels = []
     boundaries = []
     for video in videos:
-        x = standardised(video["feats"]) if score == "relative" else video["feats"]
-        feats.append(pool_instances(x, video["segments"], pool))
+        feats.append(features_of(video["feats"], video["segments"], pool, score))
         labels.append(video["labels"])
         boundaries += [(video["id"], *segment) for segment in video["segments"].tolist()]
     key_of = {}
@@ -95,6 +96,7 @@ def sample_sets(bank, i, number, generator):
 class Discriminator(nn.Module):
     """Eq. (9): D(a, b) = sigmoid(W_2 relu(W_1 [a; b])), from 2D to 128 to 1.
 
+    W_1 [a; b] = W_a a + W_b b: what is compared with many is multiplied once, not once a pair.
     Dropout and Xavier initialisation are not given in the paper.
     a, b  (N, D), pooled features
     ->    (N,), the logit of D, without the sigmoid"""
@@ -108,20 +110,32 @@ class Discriminator(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, a, b):
-        pair = torch.cat([a, b], -1)
-        hidden = self.dropout(F.relu(self.W_1(pair)))
+    def products(self, a, b):
+        """W_a a with the bias, and W_b b: a (N, D), b (M, D) -> (N, hidden), (M, hidden)."""
+        W_a, W_b = self.W_1.weight.chunk(2, 1)
+        return F.linear(a, W_a, self.W_1.bias), F.linear(b, W_b)
+
+    def logit(self, W_a_a, W_b_b):
+        """The logit of D of products that are broadcast, (..., hidden) -> (...)."""
+        hidden = self.dropout(F.relu(W_a_a + W_b_b))
         return self.W_2(hidden)[..., 0]
 
+    def forward(self, a, b):
+        return self.logit(*self.products(a, b))
 
-def pair_loss(D, f, sets, target):
-    """E BCE(D(f_i, f_j), target) over {i: indices j} -> scalar; 0 without a pair."""
-    pairs = [(i, j) for i, F_i in sets.items() for j in F_i.tolist()]
-    if not pairs:
-        return sum(p.sum() for p in D.parameters()) * 0
-    i, j = torch.tensor(pairs).T
+    def mean(self, W_a_a, W_b_b):
+        """The mean of D over the pairs of each of N products with all of M -> (N,); NaN of none."""
+        parts = W_a_a.split(64)  # not all N * M pairs at once; of none: one empty part
+        return torch.cat([self.logit(x[:, None], W_b_b).sigmoid().mean(1) for x in parts])
+
+
+def pair_loss(D, f, pairs, target):
+    """E BCE(D(f_i, f_j), target) over pairs [(i, j)] -> scalar; 0 without a pair."""
+    i, j = torch.tensor(pairs).long().reshape(-1, 2).T
     logit = D(f[i], f[j])
-    return F.binary_cross_entropy_with_logits(logit, torch.full_like(logit, target))
+    targets = torch.full_like(logit, target)
+    BCE = F.binary_cross_entropy_with_logits(logit, targets, reduction="sum")
+    return BCE / max(len(pairs), 1)
 
 
 def icd_loss(D, bank, batch, number, generator):
@@ -131,76 +145,47 @@ def icd_loss(D, bank, batch, number, generator):
     number  of instances j of either kind that Eq. (7) draws for each
     ->      scalar"""
     f = bank["feats"]
-    F_pos = {}
-    F_neg = {}
+    positives = []
+    negatives = []
     for i in batch:
-        F_pos[i], F_neg[i] = sample_sets(bank, i, number, generator)
-    L_icd = pair_loss(D, f, F_pos, 1.0) + pair_loss(D, f, F_neg, 0.0)
+        F_pos, F_neg = sample_sets(bank, i, number, generator)
+        positives += [(i, j) for j in F_pos.tolist()]
+        negatives += [(i, j) for j in F_neg.tolist()]
+    L_icd = pair_loss(D, f, positives, 1.0) + pair_loss(D, f, negatives, 0.0)
     return L_icd
 
 
 @torch.no_grad()
-def with_side(D, bank):
-    """The bank with its instances times their half of the discriminator's W_1, for many videos."""
-    _, W_right = D.W_1.weight.chunk(2, 1)
-    return bank | {"side": bank["feats"] @ W_right.T}  # (N, hidden)
-
-
-def sides(D, feats, bank):
-    """The two sides of the discriminator's W_1, that of pooled features and that of the bank.
-
-    Each instance is multiplied once, not once a pair; the bank's side may be there already.
-    feats  (N, D)
-    ->     (N, hidden), (M, hidden)"""
-    W_left, _ = D.W_1.weight.chunk(2, 1)
-    if "side" not in bank:
-        bank = with_side(D, bank)
-    return feats @ W_left.T + D.W_1.bias, bank["side"]
-
-
-def mean_D(D, left, right):
-    """The mean of D over the pairs of each row of `left` with all of `right` -> (N,); NaN of none.
-
-    left, right  (N, hidden), (M, hidden), as sides() gives them"""
-    means = []
-    for part in left.split(64):  # of none: one empty part
-        D_ij = torch.sigmoid(D.W_2(F.relu(part[:, None] + right)))  # (64, M, 1)
-        means.append(D_ij.mean((1, 2)))
-    return torch.cat(means)
-
-
-@torch.no_grad()
-def similarity(D, feats, labels, bank):
+def similarity(D, f, labels, bank):
     """Eq. (10): s_i = 1 / |F_c| * sum_{f_j in F_c} D(f_i, f_j).
 
     F_c are all labelled instances of the predicted class c. D is in eval mode.
-    feats   (N, D), pooled
+    f       (N, D), pooled features
     labels  (N,)
-    bank    may have been through with_side()
     ->      (N,); NaN where the class has no labelled instance"""
-    f, F_all = sides(D, feats, bank)
-    s = feats.new_zeros(len(feats))
+    s = f.new_zeros(len(f))
+    W_a_f, W_b_f = D.products(f, bank["feats"])
     for c in labels.unique():
         i = labels == c
-        F_c = F_all[bank["labels"] == c]
-        s[i] = mean_D(D, f[i], F_c)
+        F_c = bank["labels"] == c
+        s[i] = D.mean(W_a_f[i], W_b_f[F_c])
     return s
 
 
 # ---- Not in the paper ---------------------------------------------------------------------------
 
 @torch.no_grad()
-def own_minus_other(D, feats, labels, bank):
+def own_minus_other(D, f, labels, bank):
     """The similarity to the predicted class less the largest to another, in [-1, 1].
 
     An answer to the paper's future work (Sec. 5): 0 is the middle of every class, so that two
     numbers serve them all. What similarity() takes and gives; 0 is taken off where there is no
     other class."""
-    f, F_all = sides(D, feats, bank)
-    own = feats.new_full((len(feats),), torch.nan)
-    other = feats.new_zeros(len(feats))
+    own = f.new_full((len(f),), torch.nan)
+    other = f.new_zeros(len(f))
+    W_a_f, W_b_f = D.products(f, bank["feats"])
     for c in bank["labels"].unique():
-        s_c = mean_D(D, f, F_all[bank["labels"] == c])
+        s_c = D.mean(W_a_f, W_b_f[bank["labels"] == c])
         i = labels == c
         own[i] = s_c[i]
         other[~i] = torch.maximum(other[~i], s_c[~i])
@@ -214,11 +199,9 @@ def compare(record, D, bank, feats, pool, score):
 
     feats  (T, D), the video's input features
     score  one of SCORES"""
-    if score == "relative":
-        feats = standardised(feats)
-    pooled = pool_instances(feats, record["segments"], pool)
+    f = features_of(feats, record["segments"], pool, score)
     similarity_of = own_minus_other if score == "relative" else similarity
-    return record | {"similarity": similarity_of(D, pooled, record["labels"], bank).cpu()}
+    return record | {"similarity": similarity_of(D, f, record["labels"], bank).cpu()}
 
 
 def refine(record, theta_drop, theta_mine, switches):
@@ -227,7 +210,7 @@ def refine(record, theta_drop, theta_mine, switches):
     EAP drops the ambiguous positives, s < theta_drop; MPP mines the potential positives,
     candidates with s > theta_mine. Where s is NaN positives stay and none is mined.
     switches  one of REFINEMENTS
-    ->        the record with "status" (N,), an index into STATUS, in the place of "positive\""""
+    ->        the record with "status" (N,) in the place of "positive": an index into STATUS"""
     s = record["similarity"].double()
     positive = record["positive"]
     status = torch.where(positive, KEPT, CANDIDATE)

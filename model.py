@@ -1,12 +1,12 @@
 """The detector of APL (Sec. 3): ActionFormer [62] with the tIoU and tND branches, channels-last.
 
 Input   feats (B, T, D), mask (B, T), any T >= 1; True = valid in every mask of the project.
-Output  raw predictions at P points over all pyramid levels; targets, losses and decoding are
-        functions of them.
+Output  raw predictions at P points over all pyramid levels; targets and decoding are functions
+        here, the losses are in alqa.py.
 Holds   the geometry of segments; the layers, with Eq. (2), the predicted tIoU and tND; target
         assignment; decoding; Soft-NMS.
 
-Legend, the same letters in every file:
+Legend, the same letters in every file where no equation uses the letter:
     B videos, T feature steps, D input channels, C channels, K classes, H heads, L levels,
     N segments of a video (padded in a batch), P points over all levels, G groups of detections,
     M detections of the largest group.
@@ -25,7 +25,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data import BadInput, CheckedSettings, process_count, setting, share_of, shown
+from plumbing.processes import draws_of_batch, in_autocast, length_unit
+from plumbing.settings import (
+    Blocks,
+    CheckedSettings,
+    Finite,
+    Flag,
+    OneOf,
+    ShareBelow1,
+    Text,
+    Width,
+    levels_of,
+)
+from plumbing.words import BadInput
 
 # The localization quality branches of Tab. 3(b); none = plain ActionFormer.
 BRANCHES = ("none", "tiou", "diou", "tiou+tnd")
@@ -36,26 +48,30 @@ BRANCHES = ("none", "tiou", "diou", "tiou+tnd")
 @dataclass(frozen=True)
 class DetectorSettings(CheckedSettings):
     """The network's shape and start. [S] the paper, [A] the public ActionFormer, [J] neither."""
-    channels: int = setting(512, "width C [A]", "from 1 to 8192")
-    heads: int = setting(4, "attention heads H [A]", "from 1 to 8192")
-    windows: str = setting(
-        "19",
-        "attention window of all levels, or one a level with commas; 0: the whole sequence [A]")
-    ranges: str = setting(
-        "0:4,4:8,8:16,16:32,32:64,64:inf", "offsets that each level regresses, in grid steps [A]")
-    stem: int = setting(2, "transformer blocks at full length [A]", "from 0 to 64")
-    drop_path: float = setting(0.1, "stochastic depth [A]", "a share below 1")
-    position: bool = setting(False, "add the absolute position [A: ActivityNet]")
-    input_dropout: float = setting(
-        0.0, "share of the input's numbers that training sets to 0, against memorising the few "
-        "labelled videos [J]", "a share below 1")
-    offset_bias: float = setting(
-        1.0,
-        "start of the offsets, in strides: from 0 those of one side may die in the ReLU [J; A: 0]",
-        "finite")
-    alqa: str = setting("tiou+tnd", "quality branches [S]; none: plain ActionFormer", BRANCHES)
-    tnd_bias: float = setting(
-        -2.0, "start of the tND branch's bias, which parts it from the tIoU branch [J]", "finite")
+    since = "pretrain"
+    heading = "the detector"
+    channels: Width("width C [A]") = 512
+    heads: Width("attention heads H [A]") = 4
+    windows: Text(
+        "attention window of all levels, or one a level with commas; 0: the "
+        "whole sequence [A]") = "19"
+    ranges: Text(
+        "offsets that each level regresses, in grid steps [A]") = "0:4,4:8,8:16,16:32,32:64,64:inf"
+    stem: Blocks("transformer blocks at full length [A]") = 2
+    drop_path: ShareBelow1("stochastic depth [A]") = 0.1
+    position: Flag("add the absolute position [A: ActivityNet]") = False
+    input_dropout: ShareBelow1(
+        "share of the input's numbers that training sets to 0, against memorising the few "
+        "labelled videos [J]") = 0.0
+    offset_bias: Finite(
+        "start of the offsets, in strides: from 0 those of one side may die in the ReLU [J; A: "
+        "0]") = 1.0
+    alqa: OneOf(BRANCHES, "quality branches [S]; none: plain ActionFormer") = "tiou+tnd"
+    tnd_bias: Finite(
+        "start of the tND branch's bias, which parts it from the tIoU branch [J]") = -2.0
+    precision: OneOf(
+        ("auto", "float32", "bfloat16"),
+        "auto: bfloat16 where the hardware multiplies it fast") = "auto"
 
     def __post_init__(self):
         super().__post_init__()
@@ -65,29 +81,8 @@ class DetectorSettings(CheckedSettings):
                 f"setting channels, {self.channels}, is no multiple of heads, {self.heads}")
 
     def levels(self):
-        """The attention windows [int] and regression ranges [(low, high)], one of each a level.
-
-        Raises BadInput where `windows` and `ranges` cannot be read or do not fit together."""
-        wrong = BadInput(
-            f"setting windows must be whole numbers with commas, not {shown(self.windows)}, and "
-            f"setting ranges low:high pairs with commas, not {shown(self.ranges)}, of at most 16 "
-            "levels")
-        try:
-            windows = [int(window) for window in self.windows.split(",")]
-            pairs = [pair.split(":") for pair in self.ranges.split(",")]
-            ranges = [(float(low), float(high)) for low, high in pairs]
-        except ValueError:
-            raise wrong from None
-        sane = 0 <= min(windows) and max(windows) < 2 ** 31 and len(ranges) <= 16
-        if not sane or not all(low <= high for low, high in ranges):
-            raise wrong
-        if len(windows) == 1:
-            windows = windows * len(ranges)
-        if len(windows) != len(ranges):
-            raise BadInput(
-                f"settings windows and ranges give {len(windows)} windows for {len(ranges)} "
-                "regression ranges: each level needs one of both")
-        return windows, ranges
+        """The attention windows [int] and regression ranges [(low, high)], one of each a level."""
+        return levels_of(self.windows, self.ranges)
 
 
 # ---- Segments: one tIoU and one tND for all -----------------------------------------------------
@@ -117,6 +112,11 @@ def tnd(a, b, eps=1e-8):
     return (d / c.clamp(min=eps)) ** 2
 
 
+def steps_inside(segments, steps):
+    """Which steps (m,) lie in which segments (N, 2) -> (m, N) bool."""
+    return (steps[:, None] >= segments[:, 0]) & (steps[:, None] <= segments[:, 1])
+
+
 # ---- Layers -------------------------------------------------------------------------------------
 
 class Conv(nn.Module):
@@ -133,9 +133,7 @@ class Conv(nn.Module):
 
     def forward(self, x, mask):
         B, T = mask.shape
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):  # which does not look into addmm_
-            x = x.to(torch.get_autocast_dtype(kind))
+        x = in_autocast(x)  # which does not look into addmm_
         before, now, after = self.weight.to(x.dtype).transpose(1, 2)  # 3 x (in, out)
         # All videos as one sequence, a step of zeros on both sides of each. Each product adds to
         # the last, without a copy of x: torch's own convolution takes a fifth longer at D = 2048.
@@ -143,7 +141,8 @@ class Conv(nn.Module):
         y = rows[:-2] @ before
         y.addmm_(rows[1:-1], now).addmm_(rows[2:], after)
         width = y.shape[1]
-        y = y.as_strided((B, T, width), ((T + 2) * width, width, 1))  # the T rows of each video
+        # Step t of video b is row b * (T + 2) + t of y; between two videos lie two rows of neither.
+        y = y.as_strided((B, T, width), ((T + 2) * width, width, 1))
         if self.bias is not None:
             y = y + self.bias
         return y * mask[..., None]
@@ -196,8 +195,7 @@ class DepthwiseConv(nn.Module):
 class DropPath(nn.Module):
     """Residual branch with stochastic depth: skip + scale * x, one draw a video.
 
-    The scale is learned per channel, from 1e-4. Of many processes that share a batch each takes
-    its own videos' draws, so that a batch gets the same draws however many share it."""
+    The scale is learned per channel, from 1e-4."""
 
     def __init__(self, dim, rate):
         super().__init__()
@@ -207,8 +205,8 @@ class DropPath(nn.Module):
     def forward(self, skip, x):
         scale = self.scale
         if self.training and self.rate > 0:
-            draws = torch.rand(len(x) * process_count(), 1, 1, device=x.device)
-            scale = scale * (share_of(draws) >= self.rate) / (1 - self.rate)
+            kept = draws_of_batch((len(x), 1, 1), x.device) >= self.rate
+            scale = scale * kept / (1 - self.rate)
         return torch.addcmul(skip, x, scale)
 
 
@@ -438,27 +436,22 @@ class Detector(nn.Module):
     def points(self, T):
         """The Points of a sequence of T steps; level l has ceil(T / 2^l), 2^l steps apart."""
         times = [torch.arange(0.0, T, 2 ** level) for level in range(len(self.ranges))]
-        level = torch.cat([torch.full(time.shape, i) for i, time in enumerate(times)])
+        level = torch.repeat_interleave(torch.tensor([len(time) for time in times]))  # 0, 0 .. 1
         time, level = torch.cat(times).to(self.ranges.device), level.to(self.ranges.device)
         return Points(time, 2.0 ** level, *self.ranges[level].T)
 
-    def padded(self, T, coarse=False):
+    def padded(self, T):
         """The steps computed for T: the next multiple of the largest stride, plus one.
 
         Every level must end in a step of padding, which the last valid step sees through the
-        convolutions (as in the public ActionFormer: the LayerNorms have biases).
-        `coarse`: up to an eighth more, so that few lengths occur: CPUs prepare their bfloat16
-        products anew for every shape."""
-        unit = 2 ** (len(self.scales) - 1)
-        if coarse:
-            unit = max(unit, 2 ** (T.bit_length() - 4))
+        convolutions (as in the public ActionFormer: the LayerNorms have biases)."""
+        unit = max(2 ** (len(self.scales) - 1), length_unit(T, self.scales.device))
         return T + -T % unit + 1
 
     def pyramid(self, feats, mask):
         """The neck's output, padded(T) steps long: [(B, T_l, C)], [(B, T_l)]."""
         T = feats.shape[1]
-        coarse = feats.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-        rest = self.padded(T, coarse) - T
+        rest = self.padded(T) - T
         mask = F.pad(mask, (0, rest))
         feats = F.dropout(feats, self.input_dropout, self.training)
         feats = F.pad(feats, (0, 0, 0, rest)).mul_(mask[..., None])
@@ -476,14 +469,15 @@ class Detector(nn.Module):
     def forward(self, feats, mask):
         """feats (B, T, D), mask (B, T), any T >= 1 -> Outputs. Padding changes no valid output."""
         T = feats.shape[1]
-        levels = []
+        parts = []
         for level, (x, m) in enumerate(zip(*self.pyramid(feats, mask))):
-            everything = *self.heads(x, m, self.scales[level]), m, x
             n = math.ceil(T / 2 ** level)  # without the padding that pyramid() adds
-            levels.append([part[:, :n] for part in everything])
-        *predictions, masks, levels = zip(*levels)
-        predictions = [torch.cat(part, 1) for part in (*predictions, masks)]
-        return Outputs(*predictions, self.points(T), levels, masks)
+            predicted = self.heads(x, m, self.scales[level])
+            parts.append([part[:, :n] for part in (*predicted, m, x)])
+        *predicted, masks, levels = zip(*parts)
+        cls_logits, offsets, p_tiou, p_tnd = (torch.cat(part, 1) for part in predicted)
+        return Outputs(
+            cls_logits, offsets, p_tiou, p_tnd, torch.cat(masks, 1), self.points(T), levels, masks)
 
 
 # ---- Targets, decoding, suppression -------------------------------------------------------------

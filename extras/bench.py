@@ -32,6 +32,10 @@ import evaluate
 import model
 import train
 from extras import bmn
+from plumbing.arguments import settings_of
+from plumbing.files import sum_features, write_json
+from plumbing.forms import Annotation, in_subset, read_annotations
+from plumbing.processes import pick_device
 
 GROWTH = (1024, 4096, 16384, 65536)  # steps of the parts that should be linear in T
 
@@ -181,7 +185,7 @@ def random_dataset(lengths, test_lengths=()):
         classes=[str(number) for number in range(20)],
         labelled=labelled,
         test=[data.blind(video) for video in test],
-        ground_truth={},
+        truth={},
         mean=torch.zeros(2048),
         std=torch.ones(2048),
     )
@@ -199,7 +203,7 @@ def new_run(dataset, device, precision, out, *options):
         "--supervised-steps", "0",
         "--log-every", "1000000",
     ]
-    return train.begin(train.parse_settings([*fixed, *options]), dataset)
+    return train.begin(settings_of([*fixed, *options], train.Settings), dataset)
 
 
 def detect(run):
@@ -218,11 +222,13 @@ def step_row(device, precision, T, repeat):
     """A training step at THUMOS14 size: forward, losses, backward, ICD, AdamW, averaged weights."""
     with tempfile.TemporaryDirectory() as out:
         run = new_run(random_dataset([T, T]), device, precision, out, "--crop-min", "1")
-        rng = next(train.epochs(run, "supervised", 1, 10 ** 6))
+        run.plan["supervised"] = (1, 10 ** 6, 1)  # an epoch that never ends
+        train.begin_stage(run, "supervised")
+        rng = train.begin_epoch(run)
         batch = next(data.training_batches(run.data.labelled, run.data, run.s, 1, rng))
 
         def one_step():
-            sup = train.batch_losses(run, batch, train.ground_truth(batch), train.LABELLED)
+            sup = train.batch_losses(run, batch, train.ground_truth(batch), "labelled")
             train.train_icd(run, batch)
             train.advance(run, train.objective(sup, None, run.s), {}, batch["ids"])
 
@@ -273,7 +279,7 @@ def computed_per_true_step(run):
     seeds = np.random.SeedSequence([s.seed, train.STAGES.index("supervised"), 0])
     steps = math.ceil(len(videos) / s.batch)
     plans = data.plan_batches(videos, s, steps, s.batch, np.random.default_rng(seeds))
-    coarse = run.s.device == "cpu" and s.precision == "bfloat16"
+    kind = torch.device(s.device).type
     true = 0
     computed = 0
     for plan in plans:
@@ -282,8 +288,16 @@ def computed_per_true_step(run):
             item = data.load_item(videos[i], run.data, s, np.random.default_rng(seed))
             lengths.append(len(item["feats"]))
         true += sum(lengths)
-        computed += len(plan) * run.detector.padded(max(lengths), coarse)
+        with torch.autocast(kind, torch.bfloat16, enabled=s.precision == "bfloat16"):
+            computed += len(plan) * run.detector.padded(max(lengths))
     return computed / true
+
+
+def supervised_epoch(run):
+    """The epoch of stage 2, and the checkpoint at its end."""
+    train.begin_stage(run, "supervised")
+    train.supervised(run, train.begin_epoch(run))
+    train.end_epoch(run)
 
 
 def epoch_row(device, precision, lengths):
@@ -291,7 +305,7 @@ def epoch_row(device, precision, lengths):
     with tempfile.TemporaryDirectory() as out:
         run = new_run(random_dataset(lengths), device, precision, out)
         padding = computed_per_true_step(run)
-        seconds = clock(lambda: train.supervised(run), device)
+        seconds = clock(lambda: supervised_epoch(run), device)
     return {
         "part": "epoch",
         "size": f"{len(lengths)} videos, {precision}",
@@ -329,6 +343,7 @@ def detection_row(device, precision, lengths):
     And the share that the last two take."""
     with tempfile.TemporaryDirectory() as out:
         run = new_run(random_dataset([64, 64], lengths), device, precision, out)
+        run.detector.eval()
         whole = clock(lambda: detect(run), device)
         order = sorted(run.data.test, key=lambda video: video.steps)
         ideal = forward = suppress = 0.0
@@ -430,7 +445,7 @@ def random_truth(rng, videos=212, instances=3358):
         start = rng.uniform(0, 190)
         segments[name].append([start, start + rng.uniform(1, 10)])
         labels[name].append(f"class {rng.integers(20)}")
-    return {name: data.Annotation("test", 200.0, 30.0, np.array(segments[name]), labels[name])
+    return {name: Annotation("test", 200.0, 30.0, np.array(segments[name]), labels[name])
             for name in segments}
 
 
@@ -452,7 +467,7 @@ def random_detections(count):
 
 def given_detections(detections, gt):
     """(truth, predictions) of an .npz of detections and an annotation file's test videos."""
-    truth = data.in_subset(data.read_annotations(gt), "test")
+    truth = in_subset(read_annotations(gt), "test")
     arrays = np.load(detections, allow_pickle=False)
     keys = ("video_id", "label", "start", "end", "score")
     predictions = {}
@@ -511,8 +526,8 @@ def kmeans(args):
 
 def loading_row(device, T, repeat):
     """A crop of 2304 steps from a memory-mapped file, and the first check of the file."""
-    s = train.parse_settings(["--dataset", "thumos"])
-    note = data.Annotation("validation", None, 30.0, np.zeros((0, 2)), [])
+    s = settings_of(["--dataset", "thumos"], train.Settings)
+    note = Annotation("validation", None, 30.0, np.zeros((0, 2)), [])
     dataset = random_dataset([64])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.npy"
@@ -520,7 +535,7 @@ def loading_row(device, T, repeat):
         np.save(path, rng.standard_normal((T, 2048), dtype=np.float32))
 
         def check():
-            data.sum_features(path, s.feature_key, "video")
+            sum_features(path, s.feature_key, "video")
 
         video = data.place_video("video", note, path, T, s)
 
@@ -649,7 +664,7 @@ def parse(argv):
 def main(argv=None):
     """The command line."""
     args = parse(argv)
-    args.device = evaluate.pick_device(args.device)
+    args.device = pick_device(args.device)
     threads = torch.get_num_threads()
     print(f"{args.device}, {threads} threads, torch {torch.__version__}", flush=True)
     rows = []
@@ -658,7 +673,7 @@ def main(argv=None):
             show(row)
             rows.append(row)
     if args.json:
-        data.write_json(args.json, rows, indent=1)
+        write_json(args.json, rows, indent=1)
 
 
 if __name__ == "__main__":

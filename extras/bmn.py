@@ -27,13 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import acp
 import alqa
-import data
 import evaluate
 import model
 import train
-from data import BadInput, setting
+from plumbing import forms
+from plumbing.processes import process_count, sum_of_all
+from plumbing.runs import guard
+from plumbing.settings import NotNegative, Parser, Width
+from plumbing.words import BadInput, say
 
 GROUPS = 4  # of the grouped convolutions [B]
 MOST_STEPS = 512  # of a window: the map has as many rows and columns
@@ -357,7 +359,7 @@ def targets(outputs, b, record):
     segments = record["segments"]
     tIoU, best = F.pad(model.tiou(pairs[:, None], segments), (0, 1)).max(1)  # one more: 0
     tND = F.pad(model.tnd(pairs[:, None], segments), (0, 1), value=1.0)
-    covered = acp.covers(record["rejected"], torch.arange(W, device=pairs.device)).any(1)
+    covered = model.steps_inside(record["rejected"], torch.arange(W, device=pairs.device)).any(1)
     s, e = pairs_of(W).to(pairs.device)
     return {
         "tIoU": tIoU,
@@ -404,7 +406,7 @@ def batch_losses(outputs, instances, s):
     if chosen.any() and s.alqa == "tiou+tnd":
         L_quality = alqa.bce(outputs.p_tnd[chosen], of["tND"][chosen]).mean()
     parts = {"cls": L_cls, "reg": L_reg, "quality": L_quality, "positives": chosen.sum()}
-    return {key: data.sum_of_all(part / data.process_count()) for key, part in parts.items()}
+    return {key: sum_of_all(part / process_count()) for key, part in parts.items()}
 
 
 # ---- Settings -----------------------------------------------------------------------------------
@@ -444,13 +446,16 @@ PRESETS = {
 @dataclass(frozen=True)
 class Settings(train.Settings):
     """train.py's settings and BMN's; the defaults are the public BMN's."""
-    hidden: int = setting(256, "width C of the base", "from 1 to 8192")
-    map_wide: int = setting(512, "width of a pair after the sampling layer", "from 1 to 8192")
-    map_width: int = setting(128, "width of the map's convolutions", "from 1 to 8192")
-    samples: int = setting(32, "samples N of a pair", "from 1 to 8192")
-    points: int = setting(3, "interpolated points that a sample is the mean of",
-                          "from 1 to 8192")
-    margin: float = setting(0.5, "what is sampled on either side, as a share of the pair")
+    since = "pretrain"
+    heading = "this detector's own"
+    hidden: Width("width C of the base") = 256
+    map_wide: Width("width of a pair after the sampling layer") = 512
+    map_width: Width("width of the map's convolutions") = 128
+    samples: Width("samples N of a pair") = 32
+    points: Width("interpolated points that a sample is the mean of") = 3
+    margin: NotNegative("what is sampled on either side, as a share of the pair") = 0.5
+
+    TRAIN = EVALUATE = "python -m extras.bmn"
 
     def __post_init__(self):
         super().__post_init__()
@@ -460,13 +465,11 @@ class Settings(train.Settings):
             raise BadInput(f"a window of {self.window()} steps has too many pairs: setting "
                            f"max_steps, or resize, must be at most {MOST_STEPS}")
 
-    TRAIN = EVALUATE = "python -m extras.bmn"
-
     @classmethod
-    def preset(cls, dataset):
-        """What --dataset changes."""
+    def preset(cls, dataset, paper=False):
+        """What --dataset changes, and --paper."""
         own = OWN if dataset not in PRESETS else {}
-        return super().preset(dataset) | PRESET | own | PRESETS.get(dataset, {})
+        return super().preset(dataset, paper) | PRESET | own | PRESETS.get(dataset, {})
 
     def window(self):
         """The steps W of a window."""
@@ -527,17 +530,17 @@ def read_proposals(path):
     def read(found, where):
         if isinstance(found, list) and all(isinstance(d, dict) for d in found):
             found = [{"label": "any"} | d for d in found]
-        found = sorted(data.read_detections(found, where), key=lambda d: -d["score"])
+        found = sorted(forms.read_detections(found, where), key=lambda d: -d["score"])
         segments = dict.fromkeys(tuple(d["segment"]) for d in found)  # once, whatever its classes
         return np.array(list(segments), dtype=np.float64).reshape(-1, 2)
 
     what = "prediction file"
-    return data.read_each(data.read_results(path, what)[0], read, f"{what} {path}")
+    return forms.read_each(forms.read_results(path, what)["results"], read, f"{what} {path}")
 
 
 def evaluate_proposals(path, annotations, subset):
     """AR at 1, 5, 10, 50 and 100 and the area, of a result file, in words; raises BadInput."""
-    wanted = data.in_subset(data.read_annotations(annotations), subset)
+    wanted = forms.in_subset(forms.read_annotations(annotations), subset)
     truth = {name: a.segments for name, a in wanted.items() if a.annotated and len(a.labels)}
     if not truth:
         raise BadInput(f"annotation file {annotations}: the subset {subset!r} holds no instance")
@@ -550,17 +553,14 @@ def evaluate_proposals(path, annotations, subset):
 
 def show_proposals(argv):
     """The command line with --proposals; returns the exit code, 2 for bad input."""
-    parser = evaluate.Parser(description=evaluate_proposals.__doc__, allow_abbrev=False)
+    parser = Parser(description=evaluate_proposals.__doc__, allow_abbrev=False)
     parser.add_argument("--proposals", required=True, help="predictions.json of a run")
     parser.add_argument("--gt", required=True, help="annotation file")
     parser.add_argument("--subset", default="validation", help="its test videos")
-    try:
+    with guard() as stop:
         args = parser.parse_args(argv)
-        data.say(evaluate_proposals(args.proposals, args.gt, args.subset))
-    except (BadInput, OSError) as error:
-        data.complain(error)
-        return 2
-    return 0
+        say(evaluate_proposals(args.proposals, args.gt, args.subset))
+    return stop.code
 
 
 def main(argv=None):

@@ -31,6 +31,12 @@ import icd
 import model
 import train
 from extras import bmn
+from plumbing import checkpoints, sources
+from plumbing.arguments import settings_of
+from plumbing.files import read_json, read_rows, write_json
+from plumbing.runs import guard
+from plumbing.settings import Parser, settings_of_stages
+from plumbing.words import BadInput, say
 
 # ---- The rows -----------------------------------------------------------------------------------
 
@@ -42,8 +48,7 @@ FIXED = "--icd none --threshold fixed"
 
 # The paper's own choices, where toy and own data have others.
 ABSOLUTE = "--icd-score absolute --theta-drop 0.3 --theta-mine 0.7"
-AS_PUBLISHED = (f"{ABSOLUTE} --icd-pool max --input-dropout 0 --threshold mean+std --scope video "
-                "--no-exclusive --repeat 1 --acp coarse+fine --acp-after labelled+unlabelled")
+AS_PUBLISHED = "--paper"
 BARE = "--repeat 1 --no-exclusive --rejected background"  # no repeat removed, nothing masked
 
 # What the paper leaves open: settings, one row each.
@@ -68,7 +73,6 @@ OPEN = (
     "--input-dropout 0",
     "--input-dropout 0.1",
     "--input-dropout 0.5",
-    "--icd-steps 200",
     "--soft-label predicted",
     "--beta 1",
     WITH_ACP,
@@ -189,7 +193,7 @@ PROBES = {
 MATCHES = ("precision", "recall")
 QUALITY = ("positive_accuracy", "class_accuracy", "mean_tIoU", *MATCHES)
 PROBE_STEPS = 30_000  # that fit, and that test, the probe, drawn at random where there are more
-OF_DATA = (*data.PLACES, "prefix", "extension", "feature_key", "missing", "test_subset")
+OF_DATA = (*sources.PLACES, "prefix", "extension", "feature_key", "missing", "test_subset")
 # What rows set themselves.
 OURS = ("--seed", "--out", "--overwrite", "--stage", "--start", "--resume", "--audit")
 
@@ -200,7 +204,7 @@ def minutes_of(folder):
     """The minutes that a finished run took, its earlier stages included.
 
     None if it was killed on the way."""
-    return data.read_json(folder / "finished.json", "end of a run")["minutes"]
+    return read_json(folder / "finished.json", "end of a run")["minutes"]
 
 
 def kind_of(table):
@@ -210,7 +214,8 @@ def kind_of(table):
 
 def folder_of(s, stage, runs):
     """The folder of a run that ends with `stage`: its name says what the stage depends on."""
-    until = train.settings_until("joint" if stage == "all" else stage, type(s))
+    count = train.STAGES.index("joint" if stage == "all" else stage) + 1
+    until = settings_of_stages(type(s), train.STAGES[:count])
     names = [*until, "weights", *OF_DATA]
     depends = {name: getattr(s, name) for name in names}
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode())
@@ -235,7 +240,7 @@ def reach(options, stage, runs, kind=train.Settings):
     Trained now where it has not been before; rows share it. Leaves, last of all, "finished.json",
     {"minutes"} of this and the earlier stages."""
     argv = [*options, "--stage", stage]
-    s = train.parse_settings(argv, kind)
+    s = settings_of(argv, kind)
     before = stage_before(stage, s)
     folder = folder_of(s, stage, runs)
     if (folder / "finished.json").exists() and (folder / "checkpoint.pt").exists():
@@ -257,7 +262,7 @@ def reach(options, stage, runs, kind=train.Settings):
         raise SystemExit(code)
     if minutes is not None:
         minutes += (time.time() - began) / 60
-    data.write_json(folder / "finished.json", {"minutes": minutes})
+    write_json(folder / "finished.json", {"minutes": minutes})
     return folder
 
 
@@ -269,24 +274,25 @@ def reach_all(commands, more, stage, runs, kind=train.Settings):
 def saved(path, make, *arguments):
     """The JSON file at `path`, made by make(*arguments) where it is absent."""
     if not path.exists():
-        data.write_json(path, make(*arguments))
-    return data.read_json(path, "result")
+        write_json(path, make(*arguments))
+    return read_json(path, "result")
 
 
-def read_data(checkpoint):
-    """The settings and the Dataset of a checkpoint, hidden labels included."""
+def read_checkpoint(folder):
+    """The checkpoint of a finished run, its settings and its Dataset, hidden labels included."""
+    checkpoint = checkpoints.load(folder / "checkpoint.pt", train.Settings)
     s = train.Settings(**checkpoint["settings"] | {"audit": True})
-    return s, data.load_dataset(s)
+    return checkpoint, s, data.training_data(s)
 
 
-def read_run(folder):
+def read_run(folder, part=None):
     """The settings, the Dataset and the Detector of a finished run, hidden labels included.
 
-    The detector has the weights that the run reports."""
-    path = folder / "checkpoint.pt"
-    checkpoint = evaluate.read_checkpoint(path)
-    s, d = read_data(checkpoint)
-    return s, d, evaluate.load_detector(checkpoint, s).eval()
+    part  which of the checkpoint's weights; None: those that the run reports"""
+    checkpoint, s, d = read_checkpoint(folder)
+    detector = s.build(d.dim, len(d.classes)).to(s.device)
+    detector.load_state_dict(checkpoint[part or checkpoints.WEIGHTS[s.weights]])
+    return s, d, detector.eval()
 
 
 # ---- Calibration --------------------------------------------------------------------------------
@@ -309,7 +315,7 @@ def calibration(folder):
         n = 2 * len(hidden.labels)
         if n == 0:
             continue
-        best = data.rows(record, slice(n))
+        best = data.take(record, slice(n))
         same = best["labels"][:, None] == hidden.labels
         overlap = model.tiou(best["segments"][:, None], hidden.segments) * same
         scores.append(best["scores"])
@@ -341,16 +347,16 @@ def judge(pseudo, d, states):
     chosen = {}
     for video in d.unlabelled:
         record = pseudo[video.id]
-        record = data.rows(record, torch.isin(record["status"], states))
+        record = data.take(record, torch.isin(record["status"], states))
         right = evaluate.matched(record, d.hidden[video.id])
         chosen[video.id] = record | {"right": right}
     keys = ("labels", "scores", "similarity", "right")
-    return {key: data.column(chosen, key) for key in keys}
+    return {key: data.gather(chosen, key) for key in keys}
 
 
 def of_class(records, c):
     """What is of class c in each of the records {name: record}."""
-    return {name: data.rows(r, r["labels"] == c) for name, r in records.items()}
+    return {name: data.take(r, r["labels"] == c) for name, r in records.items()}
 
 
 def cause_row(name, records):
@@ -363,7 +369,7 @@ def cause_row(name, records):
         row[f"{part} precision"] = hits / len(right) if len(right) else None
         row[f"{part} recall"] = hits / hidden if hidden else None
     detected = records["detected"]
-    known = data.rows(detected, ~detected["similarity"].isnan())
+    known = data.take(detected, ~detected["similarity"].isnan())
     row["AUC score"] = auc(known["scores"], known["right"])
     row["AUC similarity"] = auc(known["similarity"], known["right"])
     return row
@@ -376,11 +382,10 @@ def causes(folder):
     joint score and ICD's similarity tell right from wrong (area under the ROC curve) among all
     detections that were selected from, repeats left out, whose class has labelled instances.
     -> a row {"class", what: a number, or None where nothing is counted} a class, and one of all"""
-    checkpoint = evaluate.read_checkpoint(folder / "checkpoint.pt")
-    _, d = read_data(checkpoint)
+    checkpoint, _, d = read_checkpoint(folder)
     pseudo = checkpoint["pseudo"]
     if pseudo is None:
-        raise data.BadInput(f"the run in {folder} made no pseudo labels")
+        raise BadInput(f"the run in {folder} made no pseudo labels")
     hidden = [d.hidden[video.id] for video in d.unlabelled]
     records = {
         "labelled": {"labels": torch.cat([video.labels for video in d.labelled])},
@@ -446,13 +451,11 @@ def logistic_regression(x, y, classes, decay=1e-4, iterations=100):
 
 def probed_network(folder, what):
     """The settings and Dataset of a run of stage 1, and the network that a probe looks into."""
-    s, d, detector = read_run(folder)
+    s, d, detector = read_run(folder, "detector")
     if what == "input":
         return s, d, None
     if what == "untrained":
         return s, d, train.begin(s, d).detector.eval()
-    checkpoint = evaluate.read_checkpoint(folder / "checkpoint.pt")
-    detector.load_state_dict(checkpoint["detector"])
     return s, d, detector
 
 
@@ -465,7 +468,7 @@ def probe(folder, what):
           "input", the features
     ->    {"accuracy", "recall"}, recall averaged over the classes that are there"""
     s, d, detector = probed_network(folder, what)
-    test = [data.label_video(video, d.ground_truth[video.id], d.classes) for video in d.test]
+    test = [data.label_video(video, d.truth[video.id], d.classes) for video in d.test]
     x, y = labelled_steps(detector, [*d.labelled, *d.hidden.values()], d, s)
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     W = logistic_regression((x - mean) / std, y, len(d.classes) + 1)
@@ -485,13 +488,10 @@ def weighted_layers(module):
 
 
 def valid_steps(module, inputs, output):
-    """The valid steps that a Block or a Conv works at; of another layer all rows."""
-    if isinstance(module, model.Block):
-        _, mask = output
-    elif isinstance(module, model.Conv):
-        _, mask = inputs
-    else:
-        return output[..., 0].numel()
+    """The valid steps that a Block or a Conv works at, or the pairs of a Discriminator."""
+    if isinstance(module, icd.Discriminator):
+        return len(output)
+    _, mask = output if isinstance(module, model.Block) else inputs
     return int(mask.sum())
 
 
@@ -499,10 +499,12 @@ def complexity(modules, run):
     """Parameters and multiply-accumulates of `modules` while run() executes: (int, int).
 
     Counted as Tab. S6 does: weights with biases of convolutions and linear layers at valid steps;
-    no attention products. A Block's layers all work at its output's steps."""
+    no attention products. A Block's layers all work at its output's steps, a Discriminator's at
+    its pairs."""
     whole = nn.ModuleList(modules)
     layers = weighted_layers(whole)
-    blocks = [module for module in whole.modules() if isinstance(module, model.Block)]
+    kinds = (model.Block, icd.Discriminator)
+    blocks = [module for module in whole.modules() if isinstance(module, kinds)]
     inside = set(weighted_layers(nn.ModuleList(blocks)))
     macs = []
 
@@ -560,7 +562,7 @@ def spread(values):
 
 def last_pulse(folder):
     """The row of a run's log about its pseudo labels in the last epoch; None without."""
-    pulses = [row for row in data.read_rows(folder / "log.jsonl") if "theta_h" in row]
+    pulses = [row for row in read_rows(folder / "log.jsonl") if "theta_h" in row]
     return pulses[-1] if pulses else None
 
 
@@ -601,7 +603,7 @@ def detection_rows(table, commands, runs):
     for name, paper, options in ROWS[table]:
         more, stage = split_stage(options)
         folders = reach_all(commands, more, stage, runs, kind_of(table))
-        metrics = [data.read_json(folder / "metrics.json", "metrics") for folder in folders]
+        metrics = [read_json(folder / "metrics.json", "metrics") for folder in folders]
         averages = [m["average_mAP"] for m in metrics]
         first = first or averages
         row = {"row": name, "paper, THUMOS14 10 %": "-" if paper is None else f"{paper}"}
@@ -676,13 +678,13 @@ def parse_seeds(text):
     except ValueError:
         seeds = []
     if not seeds or min(seeds) < 0:
-        raise data.BadInput(f"--seeds must be how many, or a list with commas, not {text!r}")
+        raise BadInput(f"--seeds must be how many, or a list with commas, not {text!r}")
     return seeds
 
 
 def parse(argv):
     """The arguments of the command line, and what is passed on to train.py; raises BadInput."""
-    parser = evaluate.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument(
         "tables", nargs="+", choices=[*ROWS, *PROBES, "S6", "causes"],
         help="of the paper; open: what it leaves open; causes: pseudo labels by class")
@@ -697,10 +699,10 @@ def parse(argv):
     args.seeds = parse_seeds(args.seeds)
     for option in options:
         if option.split("=")[0] in OURS:
-            raise data.BadInput(f"{option} is set by each row")
+            raise BadInput(f"{option} is set by each row")
     for table in args.tables:  # before hours of training
         for *_, more in ROWS.get(table, PROBES.get(table, ())):
-            train.parse_settings([*options, *more.split()], kind_of(table))
+            settings_of([*options, *more.split()], kind_of(table))
     return args, options
 
 
@@ -717,7 +719,7 @@ def with_progress(table, rows):
     for done, row in enumerate(rows, 1):
         if count:
             minutes = (time.time() - began) / 60 / done * (count - done)
-            data.say(f"table {table}: row {done} of {count} is there, about {minutes:.0f} min left")
+            say(f"table {table}: row {done} of {count} is there, about {minutes:.0f} min left")
         yield row
 
 
@@ -738,13 +740,11 @@ def make_tables(args, options):
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
     try:
-        make_tables(*parse(argv))
-    except (data.BadInput, OSError) as error:
-        data.complain(error)
-        return 2
-    except SystemExit as stop:  # a run that has said why
-        return stop.code
-    return 0
+        with guard() as stop:
+            make_tables(*parse(argv))
+    except SystemExit as ended:  # a run that has said why
+        return ended.code
+    return stop.code
 
 
 if __name__ == "__main__":

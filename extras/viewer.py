@@ -13,7 +13,9 @@ import math
 import sys
 from pathlib import Path
 
-import data
+from plumbing.files import read_json, read_rows, write_text
+from plumbing.runs import guard
+from plumbing.words import BadInput, say, short
 
 MOST = 100  # segments of a video that go into the page, the best ones
 MOST_OF_ALL = 50_000  # about as many of all videos together
@@ -42,7 +44,7 @@ def compact(value):
 def optional(folder, name, what):
     """The content of a JSON file of a run, None where there is none."""
     path = folder / name
-    return data.read_json(path, what) if path.exists() else None
+    return read_json(path, what) if path.exists() else None
 
 
 def best(found, most):
@@ -165,14 +167,14 @@ def facts_of(config, videos, split, metrics, rows):
 
 def page_data(folder):
     """What the page shows of the run in a folder; raises BadInput."""
-    config = data.read_json(folder / "config.json", "a run's file of settings")
-    videos = data.read_json(folder / "videos.json", "a run's list of videos")
+    config = read_json(folder / "config.json", "a run's file of settings")
+    videos = read_json(folder / "videos.json", "a run's list of videos")
     split = optional(folder, "split.json", "split file")
     metrics = optional(folder, "metrics.json", "metrics")
     predictions = optional(folder, "predictions.json", "prediction file")
     pseudo = optional(folder, "pseudo_labels.json", "file of pseudo labels")
     representation = optional(folder, "representation.json", "representation")
-    rows = data.read_rows(folder / "log.jsonl")
+    rows = read_rows(folder / "log.jsonl")
     try:
         found = {**(pseudo or {}), **(predictions or {"results": {}})["results"]}
         names = class_names(videos, found, metrics, representation)
@@ -194,9 +196,9 @@ def page_data(folder):
             "representation": representation,
         }
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        reason = data.short(f"{type(error).__name__} {error}")
-        raise data.BadInput(f"{folder} is no run of this version: its files are not as train.py "
-                            f"writes them ({reason})") from error
+        reason = short(f"{type(error).__name__} {error}")
+        raise BadInput(f"{folder} is no run of this version: its files are not as train.py writes "
+                       f"them ({reason})") from error
     return compact(shown)
 
 
@@ -224,8 +226,7 @@ def write_page(folder, path=None):
     Raises BadInput."""
     folder = Path(folder)
     path = Path(path or folder / "page.html")
-    text = page_of(page_data(folder))
-    data.write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, page_of(page_data(folder)))
     return path
 
 
@@ -235,12 +236,9 @@ def main(argv=None):
     parser.add_argument("run", help="the folder that train.py wrote, its --out")
     parser.add_argument("--out", help="the page to write (default: page.html in that folder)")
     args = parser.parse_args(argv)
-    try:
-        data.say(f"{write_page(args.run, args.out)} is written: open it in a browser")
-    except (data.BadInput, OSError) as error:
-        data.complain(error)
-        return 2
-    return 0
+    with guard() as stop:
+        say(f"{write_page(args.run, args.out)} is written: open it in a browser")
+    return stop.code
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Fixtures of all tests; test_apl.py, one folder up, takes what it needs from here."""
+import os
 import signal
 
 import numpy as np
@@ -6,17 +7,21 @@ import pytest
 import torch
 
 import data
-import evaluate
 import model
 import train
+from plumbing import public
 from tests.helpers import SHARED, generator, own_argv, read_result, settings, write_own
 
 
 def pytest_configure(config):
     """Name the marker of the large fault campaign."""
     config.addinivalue_line("markers", "campaign: the whole fault campaign, run by -m campaign")
+    config.option.reportchars += "s"  # a test that is skipped says why
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Sums depend on the number of threads, and a forked process has no other: one, everywhere.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(config, items):
@@ -41,6 +46,19 @@ def seeded():
 
 
 @pytest.fixture
+def in_time():
+    """A test that waits for ever fails."""
+    def fail(number, frame):
+        raise TimeoutError("the test took 90 seconds")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(90)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
 def own(tmp_path):
     """The folder of a user's own small data set: helpers.write_own()."""
     write_own(tmp_path)
@@ -51,10 +69,10 @@ def own(tmp_path):
 def run(own):
     """A train.Run of the user's data set, at the start of stage 3."""
     s = settings(*own_argv(own))
-    run = train.begin(s, data.load_dataset(s))
-    run.out.mkdir()
+    run = train.begin(s, data.training_data(s))
+    run.folder.path.mkdir()
     run.generator = generator()
-    run.stage = "joint"
+    run.at.stage = "joint"
     return run
 
 
@@ -71,7 +89,7 @@ def tiny():
         ranges=",".join(f"{low}:{high}" for low, high in config["regression_range"]), alqa="none")
     detector = model.Detector(config["input_dim"], config["num_classes"], s).eval()
     saved = torch.load(SHARED / "reference/actionformer_tiny.pth.tar", weights_only=True)
-    detector.load_state_dict(evaluate.public_weights(saved["state_dict"]))
+    detector.load_state_dict(public.public_weights(saved["state_dict"]))
     reference = np.load(SHARED / "reference/actionformer_tiny.npz")
     ref = {name: torch.from_numpy(reference[name]) for name in reference.files}
     outputs = detector(ref["x"].transpose(1, 2), ref["mask"][:, 0])

@@ -1,4 +1,5 @@
 """What the test files share: settings, a user's data set, a small detector, records, refusals."""
+import contextlib
 import json
 from pathlib import Path
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 
 import evaluate
-import icd
 import model
 import train
+from plumbing import arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -45,7 +46,7 @@ def generator(seed=0):
 
 def settings(*argv):
     """The train.Settings of a command line."""
-    return train.parse_settings([str(word) for word in argv])
+    return arguments.settings_of([str(word) for word in argv], train.Settings)
 
 
 def small_detector(classes=3, dim=6, **changes):
@@ -70,11 +71,6 @@ def detections(*scores, labels=None):
     """A record of detections, of class 0 where no labels are given."""
     labels = labels or [0] * len(scores)
     return {"scores": torch.tensor(scores), "labels": torch.tensor(labels, dtype=torch.long)}
-
-
-def states(r):
-    """The states of a refined record in words."""
-    return [icd.STATUS[i] for i in r["status"]]
 
 
 # ---- A user's own data set ----------------------------------------------------------------------
@@ -166,3 +162,17 @@ def weights(folder):
 def same(a, b):
     """Whether two dicts of tensors are equal bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def finished(tmp_path_factory, main, argv_of, *more):
+    """The folder of a user's data set with a finished run, and with its "stdout".
+
+    argv_of: own_argv, or what makes another detector's command line"""
+    folder = tmp_path_factory.mktemp("finished")
+    write_own(folder)
+    with (pytest.MonkeyPatch.context() as patch,
+          open(folder / "stdout", "w", encoding="utf-8") as file,
+          contextlib.redirect_stdout(file)):
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        assert main(argv_of(folder, *more)) == 0
+    return folder

@@ -10,7 +10,10 @@ import data
 import evaluate
 import train
 from extras import bench, bmn, tables, viewer
-from tests.helpers import SHARED, needs_shared, own_argv, read_result, same, weights
+from plumbing import arguments, forms
+from plumbing.public import take_weights
+from tests.helpers import SHARED, finished, needs_shared, own_argv, read_result, same, weights
+from tests.test_train import ENDS, STEP, stopped
 
 TINY = ("--hidden", 8, "--map-wide", 8, "--map-width", 4, "--samples", 4, "--max-steps", 40)
 
@@ -34,8 +37,8 @@ def outputs_of(s, pairs, steps=12):
     p = torch.zeros(4, 1, len(of))
     logits = torch.full((1, len(of), 3), -20.0)
     for first, last, label in pairs:
-        i = of.index([first, last])
         start[..., first] = end[..., last] = 1
+        i = of.index([first, last])
         p[:2, 0, i] = 1
         logits[0, i, label] = 20
     inside = (torch.arange(W) < steps)[None, None]
@@ -64,7 +67,7 @@ def public():
     ref = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     s = small(hidden=16, map_wide=24, map_width=8, samples=32, max_steps=20, alqa="none")
     detector = bmn.Detector(16, 3, s)
-    evaluate.take_weights(detector, SHARED / "reference/bmn_tiny.pth.tar")
+    take_weights(detector, SHARED / "reference/bmn_tiny.pth.tar")
     return ref, detector, s
 
 
@@ -108,7 +111,7 @@ def test_the_published_size_has_the_published_number_of_parameters():
 def test_average_recall_is_the_toolkits(tmp_path, capsys):
     path = SHARED / "reference/proposals_activitynet.json"
     expected = read_result(SHARED / "reference/proposals_activitynet_expected.json")
-    annotations = data.read_annotations(SHARED / "data/activitynet/activitynet_v1.3.json")
+    annotations = forms.read_annotations(SHARED / "data/activitynet/activitynet_v1.3.json")
     proposals = bmn.read_proposals(path)
     truth = {name: annotations[name].segments for name in proposals}
     result = bmn.average_recall(truth, proposals)
@@ -129,8 +132,8 @@ def sample_by_hand(x, start, end, n, s):
     for k in range(n * s.points, (n + 1) * s.points):
         position = start - more + (end + 1 - start + 2 * more) * k / (every - 1)
         below = math.trunc(position)
-        for step, weight in ((below, 1 - position + below), (math.ceil(position),
-                                                             position - below)):
+        above = position - below
+        for step, weight in ((below, 1 - above), (math.ceil(position), above)):
             if 0 <= step < len(x):
                 total += weight * x[step]
     return total / s.points
@@ -146,16 +149,11 @@ def test_the_matching_layer_is_a_loop_over_interpolated_samples():
             samples = torch.stack([sample_by_hand(x[b], start, end, n, s) for n in range(4)])
             expected = torch.einsum("nc,wcn->w", samples, weight[..., 0, 0])
             assert torch.allclose(y[p, b], expected, atol=1e-5)
+    dense = bench.DenseMatching(s)(x, weight)  # that of the bench
+    assert torch.allclose(dense, y, atol=1e-5)
     assert torch.autograd.gradcheck(
         lambda x, w: bmn.Matching(s).forward(x.float(), w.float()).double().sum(0),
         (x[:1].double(), weight[:2].double()), eps=1e-2, atol=1e-2)
-
-
-def test_the_dense_layer_of_the_bench_is_the_same():
-    s = small(max_steps=7)
-    x = torch.randn(2, 7, 3)
-    weight = torch.randn(5, 3, 4, 1, 1)
-    assert torch.allclose(bench.DenseMatching(s)(x, weight), bmn.Matching(s)(x, weight), atol=1e-5)
 
 
 def test_the_segment_classifier_is_linear_in_means():
@@ -269,61 +267,50 @@ def test_average_recall_of_nothing():
 
 # ---- Whole runs ---------------------------------------------------------------------------------
 
-def test_a_run_of_three_stages_its_page_and_a_new_video(own, capsys):
-    assert bmn.main(argv_of(own, "--theta-l", 0)) == 0
-    text = capsys.readouterr().out
-    assert "python -m extras.bmn --checkpoint" in text
-    predicted = read_result(own / "run/predictions.json")["results"]["v12"]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A user's data set with a run of three stages; no test changes what the run knows."""
+    return finished(tmp_path_factory, bmn.main, argv_of, "--theta-l", 0)
+
+
+def test_a_run_of_three_stages_its_page_and_a_new_video(whole, tmp_path, capsys):
+    run = whole / "run"
+    assert "python -m extras.bmn --checkpoint" in (whole / "stdout").read_text()
+    predicted = read_result(run / "predictions.json")["results"]["v12"]
     assert len(predicted) > 3
-    pseudo = read_result(own / "run/pseudo_labels.json")
-    assert any(pseudo.values())
-    localize = evaluate.Localizer(own / "run", kind=bmn.Settings)
-    segments, labels, scores = localize(np.load(own / "features/v12.npy"))
+    assert any(read_result(run / "pseudo_labels.json").values())
+    localize = evaluate.Localizer(run, kind=bmn.Settings)
+    segments, labels, scores = localize(np.load(whole / "features/v12.npy"))
     assert labels == [d["label"] for d in predicted]
     assert scores.tolist() == pytest.approx([d["score"] for d in predicted], abs=1e-6)
     assert np.abs(segments - [d["segment"] for d in predicted]).max() < 1e-4
-    video = ("--checkpoint", own / "run", "--features", own / "features/v12.npy")
-    out = ("--min-score", 0, "--out", own / "found.json")
-    assert bmn.main([str(word) for word in (*video, *out)]) == 0
-    assert len(read_result(own / "found.json")["results"]["v12"]) == len(predicted)
-    assert bmn.main(["--checkpoint", str(own / "run")]) == 0
-    assert viewer.main([str(own / "run")]) == 0
-    assert (own / "run/page.html").stat().st_size > 10_000
+    argv = ("--checkpoint", run, "--features", whole / "features/v12.npy", "--min-score", 0,
+            "--out", tmp_path / "found.json")
+    assert bmn.main([str(word) for word in argv]) == 0
+    assert len(read_result(tmp_path / "found.json")["results"]["v12"]) == len(predicted)
+    assert bmn.main(["--checkpoint", str(run)]) == 0
+    assert viewer.main([str(run)]) == 0
+    assert (run / "page.html").stat().st_size > 10_000
     capsys.readouterr()
-    assert bmn.main(["--proposals", str(own / "run/predictions.json"),
-                     "--gt", str(own / "own.json")]) == 0
+    assert bmn.main(["--proposals", str(run / "predictions.json"),
+                     "--gt", str(whole / "own.json")]) == 0
     assert "AR@100" in capsys.readouterr().out
 
 
-def test_a_run_goes_on_where_it_was_killed(own):
-    argv = argv_of(own, "--theta-l", 0)
-    assert bmn.main(argv) == 0
-    whole = weights(own / "run")
-    other = [word if word != str(own / "run") else str(own / "again") for word in argv]
-    calls = []
-
-    class Killed(Exception):
-        """As from outside."""
-
-    def kill(*_):
-        calls.append(1)
-        if len(calls) == 7:
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        advance = train.advance
-        patch.setattr(train, "advance", lambda *words: (advance(*words), kill()))
-        with pytest.raises(Killed):
-            bmn.main(other)
-    assert bmn.main(["--resume", str(own / "again")]) == 0
-    assert same(whole, weights(own / "again"))
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_run_goes_on_where_it_was_killed(whole, tmp_path):
+    argv = argv_of(whole, "--theta-l", 0, "--out", tmp_path / "run")
+    kill, code, _ = ENDS["SIGKILL"]
+    assert stopped(lambda: bmn.main(argv), tmp_path / "stderr", kill, STEP, 7) == code
+    assert bmn.main(["--resume", str(tmp_path / "run")]) == 0
+    assert same(weights(whole / "run"), weights(tmp_path / "run"))
 
 
 @needs_shared
 def test_init_takes_a_public_checkpoint(own, capsys):
-    public = SHARED / "reference/bmn_tiny.pth.tar"
-    more = ("--hidden", 16, "--map-wide", 24, "--map-width", 8, "--samples", 32)
-    more += ("--init", public, "--stage", "supervised", "--precision", "bfloat16")
+    more = ("--hidden", 16, "--map-wide", 24, "--map-width", 8, "--samples", 32,
+            "--init", SHARED / "reference/bmn_tiny.pth.tar", "--stage", "supervised",
+            "--precision", "bfloat16")
     assert bmn.main(argv_of(own, *more)) == 0
     text = capsys.readouterr().out
     assert "weights are those of" in text
@@ -333,29 +320,27 @@ def test_init_takes_a_public_checkpoint(own, capsys):
 def test_rows_over_a_whole_video_are_read_as_the_public_bmn_has_them(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "features").mkdir()
+    header = ",".join(f"c{j}" for j in range(8))
     database = {}
     for i in range(4):
-        lines = [",".join(f"c{j}" for j in range(8))]
-        lines += [",".join(f"{x:.4f}" for x in row) for row in rng.normal(size=(100, 8))]
-        (tmp_path / f"features/v_{i}.csv").write_text("\n".join(lines) + "\n")
+        np.savetxt(tmp_path / f"features/v_{i}.csv", rng.normal(size=(100, 8)), "%.4f", ",",
+                   header=header, comments="")
         database[f"{i}"] = {
             "subset": "training" if i < 3 else "validation", "duration": 50.0,
             "annotations": [{"segment": [10.0, 30.0], "label": "AB"[i % 2]}]}
     (tmp_path / "anet.json").write_text(json.dumps({"database": database}))
     (tmp_path / "split.txt").write_text("v_0\nv_2\n")  # as SSTAP's split files name them
-    s = train.parse_settings([
+    s = arguments.settings_of([
         "--dataset", "activitynet", "--annotations", str(tmp_path / "anet.json"),
         "--features", str(tmp_path / "features"), "--split", str(tmp_path / "split.txt"),
         "--out", str(tmp_path / "run")], bmn.Settings)
-    d = data.load_dataset(s)
+    d = data.training_data(s)
     assert [video.id for video in d.labelled] == ["0", "2"]
     assert d.labelled[0].steps == s.window() == 100
-    first, last = bmn.pairs_of(100)
-    action = ((first == 20) & (last == 59)).nonzero().item()  # two rows a second
+    action = bmn.pairs_of(100).T.tolist().index([20, 59])  # two rows a second
     out = s.build(8, 2)(data.load_item(d.labelled[0], d, s)["feats"][None],
                         torch.ones(1, 100).bool())
-    record = {"segments": d.labelled[0].segments, "labels": d.labelled[0].labels,
-              "rejected": torch.zeros(0, 2)}
+    record = instances(d.labelled[0].segments.tolist(), d.labelled[0].labels.tolist())
     assert bmn.targets(out, 0, record)["tIoU"].argmax() == action
 
 
@@ -368,7 +353,8 @@ def test_external_scores_name_the_classes_and_the_result_says_so(own):
 
 
 def test_the_tables_of_bmn(own, capsys):
-    argv = argv_of(own, "--theta-l", 0)
+    argv = argv_of(own, "--theta-l", 0, "--pretrain-epochs", 1, "--supervised-epochs", 1,
+                   "--joint-epochs", 1)
     at = argv.index("--out")
     del argv[at:at + 2]
     argv.remove("--no-page")
@@ -378,16 +364,13 @@ def test_the_tables_of_bmn(own, capsys):
         assert f"| {name} |" in text
 
 
-def test_bad_settings_are_refused(own, capsys):
-    for more, word in ((("--hidden", 6), "multiple of 4"), (("--max-steps", 5000), "at most 512")):
-        assert bmn.main(argv_of(own, *more)) == 2
-        assert word in capsys.readouterr().err
-    assert bmn.main(["--proposals", str(own / "none.json"), "--gt", str(own / "own.json")]) == 2
-    assert train.main(own_argv(own, "--hidden", 8)) == 2
-    assert "--hidden" in capsys.readouterr().err
-
-
-def test_a_checkpoint_of_the_other_detector_is_refused(own, capsys):
+def test_bad_settings_and_the_checkpoint_of_the_other_detector_are_refused(own, capsys):
     assert train.main(own_argv(own, "--stage", "supervised", "--acp", "none")) == 0
-    assert bmn.main(["--checkpoint", str(own / "run")]) == 2
-    assert "lacks the settings" in capsys.readouterr().err
+    for main, argv, word in (
+            (bmn.main, argv_of(own, "--hidden", 6), "multiple of 4"),
+            (bmn.main, argv_of(own, "--max-steps", 5000), "at most 512"),
+            (bmn.main, ["--proposals", own / "none.json", "--gt", own / "own.json"], "none.json"),
+            (bmn.main, ["--checkpoint", own / "run"], "lacks the setting"),
+            (train.main, own_argv(own, "--hidden", 8), "--hidden")):
+        assert main([str(part) for part in argv]) == 2, word
+        assert word in capsys.readouterr().err

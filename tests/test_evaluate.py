@@ -10,16 +10,10 @@ from torch.utils._pytree import tree_leaves
 import data
 import evaluate
 import model
-from tests.helpers import (
-    TINY,
-    edit,
-    evaluated,
-    own_argv,
-    read_result,
-    refused,
-    settings,
-    small_detector,
-)
+from plumbing.forms import Annotation
+from plumbing.settings import thresholds_of
+from plumbing.words import BadInput
+from tests.helpers import TINY, edit, evaluated, own_argv, refused, settings, small_detector
 
 # ---- mAP ----------------------------------------------------------------------------------------
 
@@ -30,18 +24,15 @@ def ap_by_hand(truth, found, tiou):
     used = set()
     tp = []
     for video, segment, _ in sorted(found, key=lambda detection: -detection[2]):
-        free = []
-        for i, (name, instance) in enumerate(truth):
-            if name == video and i not in used:
-                overlap = model.tiou(torch.tensor(segment), torch.tensor(instance))
-                free.append((float(overlap), i))
+        free = [(model.tiou(np.array(segment), np.array(instance)), i)
+                for i, (name, instance) in enumerate(truth) if name == video and i not in used]
         overlap, best = max(free, default=(0, None))
         tp.append(overlap >= tiou)
         if tp[-1]:
             used.add(best)
     recall = np.cumsum(tp) / len(truth)
     precision = np.cumsum(tp) / np.arange(1, len(tp) + 1)
-    steps = np.diff(np.concatenate([[0], recall]))
+    steps = np.diff(recall, prepend=0)
     return sum(step * max(precision[i:]) for i, step in enumerate(steps))
 
 
@@ -52,16 +43,13 @@ def test_map_against_a_loop():
         return np.cumsum([rng.uniform(0, 30), rng.uniform(2, 8)]).tolist()
 
     truth = {}
-    for v in range(4):
-        segments = np.array([draw() for _ in range(5)])
-        truth[f"v{v}"] = data.Annotation("test", 40.0, 1.0, segments, list("aabab"))
     found = {}
-    for v in range(5):
-        found[f"v{v}"] = []
-        for _ in range(40):
-            label = "ab"[int(rng.integers(2))]
-            score = float(rng.uniform())
-            found[f"v{v}"].append({"label": label, "score": score, "segment": draw()})
+    for name in ("v0", "v1", "v2", "v3", "unknown"):
+        segments = np.array([draw() for _ in range(5)])
+        truth[name] = Annotation("test", 40.0, 1.0, segments, list("aabab"))
+        found[name] = [{"label": str(rng.choice(["a", "b"])), "score": rng.uniform(),
+                        "segment": draw()} for _ in range(40)]
+    del truth["unknown"]
     metrics = evaluate.mean_average_precision(truth, found, [0.3, 0.5, 0.7])
     for label in "ab":
         instances = [(video, segment.tolist()) for video, a in truth.items()
@@ -75,52 +63,44 @@ def test_map_against_a_loop():
 
 def test_perfect_and_empty_predictions():
     segments = np.array([[0.0, 2.0], [0.0, 2.0], [4.0, 5.0]])
-    truth = {"v": data.Annotation("test", 9.0, 1.0, segments, ["a", "b", "a"])}
-    perfect = [{"label": label, "score": 0.5, "segment": segment}
-               for label, segment in zip("aba", segments.tolist())]
-
-    def metrics(found):
-        return evaluate.mean_average_precision(truth, found, [0.5])
-
-    assert metrics({"v": perfect})["mAP"] == [1.0]
-    assert metrics({"v": []})["mAP"] == [0.0]
-    assert metrics({})["average_mAP"] == 0.0
-    # A duplicate is a false positive, but behind all true ones it costs nothing.
-    assert metrics({"v": perfect + perfect})["ap"]["b"] == [1.0]
+    truth = {"v": Annotation("test", 9.0, 1.0, segments, ["a", "b", "a"])}
+    hits = [{"label": label, "score": 0.5, "segment": segment}
+            for label, segment in zip("aba", segments.tolist())]
+    perfect, empty, none, twice = (
+        evaluate.mean_average_precision(truth, found, [0.5])
+        for found in ({"v": hits}, {"v": []}, {}, {"v": hits + hits}))
+    assert perfect["mAP"] == [1.0]
+    assert empty["mAP"] == [0.0]
+    assert none["average_mAP"] == 0.0
+    assert twice["ap"]["b"] == [1.0]  # a repeat behind all true ones costs nothing
 
 
 def test_predictions_of_a_class_that_the_subset_lacks_count_nowhere(own, capsys):
-    tested = ("v10", "v11", "v12", "v13")
+    def leave(annotations):
+        def change(database):
+            for name in ("v10", "v11", "v12", "v13"):
+                database[name]["annotations"] = annotations
+        edit(own, change)
 
-    def only_a(database):
-        for name in tested:
-            for a in database[name]["annotations"]:
-                a["label"] = "A"
-
-    def nothing(database):
-        for name in tested:
-            database[name]["annotations"] = []
-
-    edit(own, only_a)
+    leave([{"segment": [2.0, 8.0], "label": "A"}, {"segment": [12.0, 20.0], "label": "A"}])
     found = [{"label": label, "score": 0.5, "segment": [2, 8]} for label in "AB"]
     (own / "pred.json").write_text(json.dumps({"results": {"v10": found}}))
-    argv = ("--pred", own / "pred.json", "--gt", own / "own.json", "--subset", "validation",
-            "--json", own / "out.json")
-    assert evaluated(*argv) == 0
-    assert set(read_result(own / "out.json")["ap"]) == {"A"}
-    edit(own, nothing)
+    argv = ("--pred", own / "pred.json", "--gt", own / "own.json", "--subset", "validation")
+    assert evaluated(*argv, "--json", own / "out.json") == 0
+    assert set(json.loads((own / "out.json").read_text())["ap"]) == {"A"}
+    leave([])
     capsys.readouterr()
     refused(["evaluate", *argv], capsys, "own.json", "no instance")
     refused(own_argv(own), capsys, "own.json", "no instance")
 
 
 def test_threshold_lists():
-    assert evaluate.parse_tious("0.3:0.7:0.1") == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
-    assert len(evaluate.parse_tious("0.5:0.95:0.05")) == 10
-    assert evaluate.parse_tious("0.5") == pytest.approx([0.5])
+    assert thresholds_of("0.3:0.7:0.1") == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7])
+    assert len(thresholds_of("0.5:0.95:0.05")) == 10
+    assert thresholds_of("0.5") == pytest.approx([0.5])
     for bad in ("x", "0.3:0.7", "0.3:0.7:0", "0", "1.5", ""):
-        with pytest.raises(data.BadInput):
-            evaluate.parse_tious(bad)
+        with pytest.raises(BadInput):
+            thresholds_of(bad)
 
 
 # ---- Detection ----------------------------------------------------------------------------------
@@ -138,12 +118,11 @@ class Largest(TorchDispatchMode):
 
 def test_detection_of_a_long_video_needs_memory_in_proportion_to_its_length():
     detector = small_detector(windows="5,5,5")
-    s = settings()
     sizes = []
     for T in (10_000, 100_000):
         with Largest() as largest, torch.no_grad():
             outputs = detector(torch.randn(1, T, 6), torch.ones(1, T, dtype=torch.bool))
-            evaluate.suppress(outputs, s)
+            evaluate.suppress(outputs, settings())
         sizes.append(largest.size)
     assert outputs.mask.sum() == 175_000
     assert sizes[0] > 10_000
@@ -152,7 +131,7 @@ def test_detection_of_a_long_video_needs_memory_in_proportion_to_its_length():
 
 def test_detection_decodes_suppresses_and_exports_seconds():
     s = settings(*TINY)
-    d = data.load_dataset(settings())
+    d = data.training_data(settings())
     detector = model.Detector(d.dim, len(d.classes), s)
     detector.cls_out.bias.data.fill_(0.0)
     videos = d.test[:3]
@@ -163,54 +142,39 @@ def test_detection_decodes_suppresses_and_exports_seconds():
     assert 0 < len(scores) <= s.max_detections
     assert (scores.diff() <= 0).all()
     alone = evaluate.detect(detector, videos[1:2], d, s)[name]["scores"]
-    n = min(20, len(alone))
-    assert torch.allclose(scores[:n], alone[:n], atol=1e-5)
-    results = evaluate.export(videos, detections, d.classes)["results"]
+    assert torch.allclose(scores[:20], alone[:20], atol=1e-5)
+    columns = {"label": "labels", "score": "scores", "segment": "segments"}
+    results = evaluate.export(
+        videos, detections, columns, {"labels": d.classes})
     for video in videos:
-        for found in results[video.id]:
-            start, end = found["segment"]
-            assert 0 <= start <= end <= video.duration
+        segments = [found["segment"] for found in results[video.id]]
+        assert all(0 <= start <= end <= video.duration for start, end in segments)
     assert {found["label"] for found in results[name]} <= set(d.classes)
 
 
 # ---- The audit of pseudo labels -----------------------------------------------------------------
 
-def test_pseudo_label_quality_by_hand():
-    video = data.LabelledVideo(
-        "v", None, "", data.Grid(1, 1, 1), 30, 30.0, False,
-        segments=torch.tensor([[0.0, 4.0], [10.0, 20.0]]), labels=torch.tensor([0, 1]))
-    found = {
-        "segments": torch.tensor([[0.0, 4.0], [0.0, 3.0], [10.0, 19.0], [25.0, 29.0]]),
-        "labels": torch.tensor([0, 0, 2, 1]),
-        "scores": torch.tensor([0.9, 0.8, 0.7, 0.6]),
-    }
-    q = evaluate.pseudo_label_quality({"v": found}, {"v": video})
-    # A duplicate, a wrong class and a miss.
-    assert (q["precision"], q["recall"]) == (0.25, 0.5)
-    assert q["class_accuracy"] == 0.5
-    assert q["positive_accuracy"] == 0.5
-    assert q["mean_tIoU"] == pytest.approx((1 + 0.75 + 0.9) / 4)
+KEYS = ("class_accuracy", "mean_tIoU", "positive_accuracy", "precision", "recall")
+NOTHING = ([], [])
+TWO = ([[0.0, 4.0], [10.0, 20.0]], [0, 1])
+TWICE = ([[0.0, 4.0], [0.0, 4.0]], [0, 1])
+HIT_REPEAT_WRONG_MISS = ([[0.0, 4.0], [0.0, 3.0], [10.0, 19.0], [25.0, 29.0]], [0, 0, 2, 1])
 
 
-def test_quality_without_pseudo_labels_or_instances():
-    nothing = {"segments": torch.zeros(0, 2), "labels": torch.zeros(0, dtype=torch.long),
-               "scores": torch.zeros(0)}
-    one = {"segments": torch.tensor([[1.0, 4.0]]), "labels": torch.tensor([0]),
-           "scores": torch.tensor([0.9])}
-    empty = data.LabelledVideo(
-        "v", None, "", data.Grid(1, 1, 1), 30, 30.0, False,
-        segments=torch.zeros(0, 2), labels=torch.zeros(0, dtype=torch.long))
-    for records in ({}, {"v": nothing}, {"v": one}):
-        quality = evaluate.pseudo_label_quality(records, {"v": empty})
-        assert set(quality.values()) == {0.0}
-
-
-def test_of_two_instances_that_overlap_alike_the_first_gives_the_class():
-    twice = torch.tensor([[0.0, 4.0], [0.0, 4.0]])
-    video = data.LabelledVideo(
-        "v", None, "", data.Grid(1, 1, 1), 30, 30.0, False,
-        segments=twice, labels=torch.tensor([0, 1]))
-    found = {"segments": twice, "labels": torch.tensor([0, 1]), "scores": torch.tensor([0.9, 0.8])}
-    quality = evaluate.pseudo_label_quality({"v": found}, {"v": video})
-    assert quality["class_accuracy"] == 0.5
-    assert quality["precision"] == 1.0
+@pytest.mark.parametrize(("found", "hidden", "expected"), [
+    (HIT_REPEAT_WRONG_MISS, TWO, [0.5, (1 + 0.75 + 0.9) / 4, 0.5, 0.25, 0.5]),
+    (TWICE, TWICE, [0.5, 1, 0.5, 1, 1]),  # of instances that overlap alike the first has the class
+    (NOTHING, NOTHING, [0] * 5),
+    (TWO, NOTHING, [0] * 5),
+], ids=["by hand", "twice labelled", "no pseudo label", "no instance"])
+def test_pseudo_label_quality(found, hidden, expected):
+    (found, found_labels), (segments, labels) = (
+        (torch.tensor(part).view(-1, 2), torch.tensor(numbers).long())
+        for part, numbers in (found, hidden))
+    video = data.LabelledVideo("v", None, "", data.Grid(1, 1, 1), 30, 30.0, False,
+                               segments=segments, labels=labels)
+    scores = torch.linspace(0.9, 0.6, len(found))
+    record = {"segments": found, "labels": found_labels, "scores": scores}
+    quality = evaluate.pseudo_label_quality({"v": record}, {"v": video})
+    assert quality == pytest.approx(dict(zip(KEYS, expected)))
+    assert set(evaluate.pseudo_label_quality({}, {"v": video}).values()) == {0.0}

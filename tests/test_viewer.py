@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-import data
 from extras import viewer
+from plumbing.files import write_json, write_rows
+from plumbing.words import BadInput
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -21,33 +22,22 @@ ODD = (SCRIPT, "</SCRIPT><!--", "a & \"b\" 'c'", "line\u2028break", "名前", "x
 
 # ---- Made-up runs -------------------------------------------------------------------------------
 
-def log_rows(audit):
+METRICS = {
+    "tiou": [0.3, 0.5], "mAP": [0.75, 0.5], "average_mAP": 0.625, "videos": 1, "instances": 3,
+    "weights": "ema", "average_mAP_raw": 0.6125, "supervised_mAP": 0.4321}
+
+
+def log_rows():
     """Rows of log.jsonl: two stages, and pseudo labels of two epochs."""
     rows = [{"stage": "supervised", "epoch": 1, "step": step, "of": 40, "steps_a_second": 9.0,
              "seconds_left": 1.0, "loss": 2.0 / step, "cls": 1.0 / step} for step in range(1, 41)]
+    quality = {key: 0.1 * i for i, key in enumerate(viewer.QUALITY, 1)}
     for epoch in (1, 2):
-        pulse = {"stage": "joint", "epoch": epoch, "positives": 10, "candidates": 7, "dropped": 3,
-                 "mined": 2, "theta_h": 0.25, "silent": 0}
-        quality = {key: 0.1 * i for i, key in enumerate(viewer.QUALITY, 1)}
-        rows.append(pulse | (quality if audit else {}))
-        rows.append({"stage": "joint", "epoch": epoch, "step": 10 * epoch, "of": 20, "loss": 0.5,
-                     "unsup_cls": 3.5})
+        at = {"stage": "joint", "epoch": epoch}
+        rows.append(at | quality | {"positives": 10, "candidates": 7, "dropped": 3, "mined": 2,
+                                    "theta_h": 0.25, "silent": 0})
+        rows.append(at | {"step": 10 * epoch, "of": 20, "loss": 0.5, "unsup_cls": 3.5})
     return rows
-
-
-def metrics_of(classes):
-    """The content of metrics.json."""
-    return {
-        "tiou": [0.3, 0.5],
-        "mAP": [0.75, 0.5],
-        "average_mAP": 0.625,
-        "ap": {name: [0.75, 0.5] for name in classes},
-        "videos": 1,
-        "instances": 3,
-        "weights": "ema",
-        "average_mAP_raw": 0.6125,
-        "supervised_mAP": 0.4321,
-    }
 
 
 def detections(classes, count):
@@ -66,15 +56,12 @@ def pseudo_labels(classes):
 def representation_of(classes):
     """The content of representation.json."""
     label = [i % (len(classes) + 1) for i in range(5 * len(classes) + 5)]
-    return {
-        "classes": [*classes, "background"],
-        "label": label,
-        "before": [[0.5 * i, 1.0] for i in range(len(label))],
-        "after": [[float(c), 0.1 * i] for i, c in enumerate(label)],
-    }
+    before = [[0.5 * i, 1.0] for i in range(len(label))]
+    after = [[float(c), 0.1 * i] for i, c in enumerate(label)]
+    return {"classes": [*classes, "background"], "label": label, "before": before, "after": after}
 
 
-def write_run(folder, videos=(1, 1, 1), classes=("walk", "run"), count=12, audit=True):
+def write_run(folder, videos=(1, 1, 1), classes=("walk", "run"), count=12):
     """A made-up run.
 
     videos  how many of each of viewer.PARTS
@@ -85,25 +72,21 @@ def write_run(folder, videos=(1, 1, 1), classes=("walk", "run"), count=12, audit
         for i in range(number):
             truth = [{"segment": [2.0 * k, 2.0 * k + 1.5], "label": classes[(i + k) % len(classes)]}
                      for k in range(3)]
-            hidden = part == "unlabelled"
-            entries[f"{part}{i}"] = {
-                "part": part, "duration": 100.0, "annotations": None if hidden else truth}
-    found = detections(classes, count)
-    results = {name: found for name, entry in entries.items() if entry["part"] == "test"}
-    pseudo = {name: pseudo_labels(classes) for name, entry in entries.items()
-              if entry["part"] == "unlabelled"}
+            entries[f"{part}{i}"] = {"part": part, "duration": 100.0,
+                                     "annotations": None if part == "unlabelled" else truth}
+    names = {part: [name for name in entries if name.startswith(part)] for part in viewer.PARTS}
     files = {
         "config.json": {"dataset": "/somewhere/my.json", "ratio": 0.5, "seed": 7, "stage": "all"},
         "split.json": {"labelled": [], "unlabelled": [], "missing_classes": ["run"]},
         "videos.json": entries,
-        "predictions.json": {"version": "VERSION 1.3", "results": results},
-        "pseudo_labels.json": pseudo,
-        "metrics.json": metrics_of(classes),
+        "predictions.json": {"results": dict.fromkeys(names["test"], detections(classes, count))},
+        "pseudo_labels.json": dict.fromkeys(names["unlabelled"], pseudo_labels(classes)),
+        "metrics.json": METRICS | {"ap": dict.fromkeys(classes, [0.75, 0.5])},
         "representation.json": representation_of(classes),
     }
     for name, content in files.items():
-        data.write_json(folder / name, content)
-    data.write_rows(folder / "log.jsonl", log_rows(audit))
+        write_json(folder / name, content)
+    write_rows(folder / "log.jsonl", log_rows())
     return folder
 
 
@@ -129,17 +112,12 @@ def test_the_page_holds_the_numbers_of_the_run(small_run):
     shown = embedded(path)
     assert shown["name"] == "my"
     assert dict(shown["facts"]) == {
-        "data set": "my",
-        "labelled": "50.0 %, 1 of 2 training videos",
-        "test videos": "1",
-        "seed": "7",
-        "stages": "supervised, joint",
-        "classes without a label": "1",
-        "average mAP, supervised only": "43.2 %",
-        "average mAP, ema weights": "62.5 %",
+        "data set": "my", "labelled": "50.0 %, 1 of 2 training videos", "test videos": "1",
+        "seed": "7", "stages": "supervised, joint", "classes without a label": "1",
+        "average mAP, supervised only": "43.2 %", "average mAP, ema weights": "62.5 %",
         "average mAP, raw weights": "61.3 %",
     }
-    assert shown["metrics"] == metrics_of(("walk", "run"))
+    assert shown["metrics"] == METRICS | {"ap": dict.fromkeys(("walk", "run"), [0.75, 0.5])}
     assert shown["representation"] == viewer.compact(representation_of(("walk", "run")))
     test, unlabelled, labelled = shown["videos"]
     assert [test["part"], unlabelled["part"], labelled["part"]] == list(viewer.PARTS)
@@ -149,14 +127,11 @@ def test_the_page_holds_the_numbers_of_the_run(small_run):
     assert [row[4] for row in unlabelled["found"]] == [0, 1, 2, 3]
     assert unlabelled["found"][0] == [0, 0, 1.5, 0.9, 0, 0.8, 0.7, 0.01, None]
     assert labelled["found"] is None
-
-
-def test_the_page_holds_the_curves_and_the_pseudo_labels_of_the_log(small_run):
-    shown = embedded(viewer.write_page(small_run))
-    assert list(shown["curves"]) == ["supervised", "joint"]
-    assert shown["curves"]["supervised"]["x"] == list(range(1, 41))
-    assert shown["curves"]["supervised"]["y"].keys() == {"loss", "cls"}
-    assert shown["curves"]["joint"] == {
+    curves = shown["curves"]
+    assert list(curves) == ["supervised", "joint"]
+    assert curves["supervised"]["x"] == list(range(1, 41))
+    assert curves["supervised"]["y"].keys() == {"loss", "cls"}
+    assert curves["joint"] == {
         "every": 1, "x": [10, 20], "y": {"loss": [0.5, 0.5], "unsup_cls": [3.5, 3.5]}}
     count = {"kept": [7, 7], "dropped": [3, 3], "mined": [2, 2], "candidate": [5, 5]}
     assert shown["pulses"]["count"] == count
@@ -166,7 +141,7 @@ def test_the_page_holds_the_curves_and_the_pseudo_labels_of_the_log(small_run):
 
 def test_long_curves_are_thinned_and_no_number_is_none(small_run):
     rows = [{"stage": "joint", "epoch": 1, "step": i, "loss": float("nan")} for i in range(4001)]
-    data.write_rows(small_run / "log.jsonl", rows)
+    write_rows(small_run / "log.jsonl", rows)
     curve = embedded(viewer.write_page(small_run))["curves"]["joint"]
     assert curve["every"] == 3
     assert curve["x"] == list(range(0, 4001, 3))
@@ -195,23 +170,17 @@ def test_the_page_is_written_where_it_is_asked_for(small_run, tmp_path, capsys):
 
 # ---- Self-contained, and safe for odd names -----------------------------------------------------
 
-class Parts(HTMLParser):
-    """The tags of a page, with their attributes."""
-
-    def __init__(self):
-        super().__init__()
-        self.tags = []
-
-    def handle_starttag(self, tag, attrs):
-        """Keep a tag."""
-        self.tags.append((tag, dict(attrs)))
-
-
 def tags_of(path):
     """[(tag, attributes)] of a page."""
-    parser = Parts()
+    found = []
+    parser = HTMLParser()
+
+    def keep(tag, attributes):
+        found.append((tag, dict(attributes)))
+
+    parser.handle_starttag = keep
     parser.feed(path.read_text(encoding="utf-8"))
-    return parser.tags
+    return found
 
 
 def test_the_page_needs_nothing_else(small_run):
@@ -232,20 +201,28 @@ def test_odd_names_come_back_and_make_no_tag(tmp_path):
     assert embedded(odd)["classes"] == list(ODD)
     assert SCRIPT not in odd.read_text(encoding="utf-8")
     assert odd.read_bytes().isascii()
-
-
-def test_embedded_json_has_no_letter_that_html_reads():
-    text = viewer.embedded({SCRIPT: "&<>\u2028\u2029\ud800"})
+    text = viewer.embedded({SCRIPT: "&<>\u2028\u2029\ud800"})  # no letter that HTML reads
     assert not set("<>&\u2028\u2029") & set(text)
     assert json.loads(text) == {SCRIPT: "&<>\u2028\u2029\ud800"}
 
 
 # ---- What is missing, odd or large --------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["config.json", "videos.json"])
-def test_a_run_without_its_settings_or_videos_is_refused(small_run, name, capsys):
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("config.json", None, "config.json"),
+    ("videos.json", None, "videos.json"),
+    ("videos.json", [], "no run of this version"),
+    ("videos.json", {"v": {"part": "odd", "annotations": []}}, "no run of this version"),
+    ("metrics.json", {"mAP": 1}, "no run of this version"),
+    ("predictions.json", {"results": {"test0": [{}]}}, "no run of this version"),
+    ("pseudo_labels.json", {"unlabelled0": 3}, "no run of this version"),
+    ("config.json", {}, "no run of this version"),
+])
+def test_a_run_that_train_did_not_write_is_refused(small_run, capsys, name, content, words):
     (small_run / name).unlink()
-    with pytest.raises(data.BadInput, match=name):
+    if content is not None:
+        write_json(small_run / name, content)
+    with pytest.raises(BadInput, match=words):
         viewer.write_page(small_run)
     assert viewer.main([str(small_run)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -254,52 +231,31 @@ def test_a_run_without_its_settings_or_videos_is_refused(small_run, name, capsys
 @pytest.mark.parametrize("name", [
     "metrics.json", "pseudo_labels.json", "representation.json", "split.json", "predictions.json",
     "log.jsonl"])
-def test_a_run_may_lack_the_other_files(small_run, name):
+def test_a_run_may_lack_the_other_files_and_all_videos(small_run, name):
     (small_run / name).unlink()
     shown = embedded(viewer.write_page(small_run))
     if name in ("metrics.json", "representation.json"):
         assert shown[name.split(".")[0]] is None
+    if name == "log.jsonl":
+        assert (shown["curves"], shown["pulses"]) == ({}, None)
     assert len(shown["videos"]) == 3
+    write_json(small_run / "videos.json", {})
+    write_json(small_run / "pseudo_labels.json", {})
+    assert embedded(viewer.write_page(small_run))["videos"] == []
 
 
-@pytest.mark.parametrize("name, content", [
-    ("videos.json", []), ("videos.json", {"v": {"part": "odd", "annotations": []}}),
-    ("metrics.json", {"mAP": 1}), ("predictions.json", {"results": {"test0": [{}]}}),
-    ("pseudo_labels.json", {"unlabelled0": 3}), ("config.json", {})])
-def test_files_that_train_did_not_write_are_refused_in_a_sentence(small_run, name, content):
-    data.write_json(small_run / name, content)
-    with pytest.raises(data.BadInput, match="no run of this version"):
-        viewer.write_page(small_run)
-
-
-def test_a_run_without_videos_or_log_has_a_page(small_run):
-    data.write_json(small_run / "videos.json", {})
-    data.write_json(small_run / "pseudo_labels.json", {})
-    (small_run / "log.jsonl").unlink()
-    shown = embedded(viewer.write_page(small_run))
-    assert shown["videos"] == []
-    assert shown["curves"] == {}
-    assert shown["pulses"] is None
-
-
-def large_run(folder):
-    """A run of 500 videos and 200 classes."""
-    classes = [f"class number {i}" for i in range(200)]
-    return write_run(folder, videos=(250, 200, 50), classes=classes, count=400)
-
-
-def test_a_page_of_500_videos_and_200_classes_is_small(tmp_path):
-    path = viewer.write_page(large_run(tmp_path / "large"))
+@pytest.mark.parametrize(("videos", "number", "count", "classes", "most"), [
+    ((250, 200, 50), 200, 400, "class number {}", None),
+    ((2000, 0, 0), 2, 60, "{}", 25),  # more videos have fewer segments each
+])
+def test_pages_of_large_runs_are_small(tmp_path, videos, number, count, classes, most):
+    names = [classes.format(i) for i in range(number)]
+    path = viewer.write_page(write_run(tmp_path / "my", videos, names, count))
     assert path.stat().st_size < 3_000_000
     shown = embedded(path)
-    assert len(shown["videos"]) == 500
-    assert len(shown["classes"]) == 200
-
-
-def test_more_videos_have_fewer_segments_each(tmp_path):
-    path = viewer.write_page(write_run(tmp_path / "my", videos=(2000, 0, 0), count=60))
-    assert embedded(path)["limits"]["most"] == 25
-    assert path.stat().st_size < 3_000_000
+    assert len(shown["videos"]) == sum(videos)
+    assert len(shown["classes"]) == number
+    assert most in (None, shown["limits"]["most"])
 
 
 # ---- In a browser -------------------------------------------------------------------------------
@@ -359,6 +315,12 @@ def look(path, script, address="", size=(1200, 1000)):
     content = json.loads(html.unescape(found[0]))
     assert content["faults"] == []
     return content.get("answer")
+
+
+def large_run(folder):
+    """A run of 500 videos and 200 classes."""
+    classes = [f"class number {i}" for i in range(200)]
+    return write_run(folder, videos=(250, 200, 50), classes=classes, count=400)
 
 
 @needs_browser
@@ -450,7 +412,7 @@ def test_panels_without_files_are_sentences(small_run):
     for name in ("metrics.json", "representation.json", "pseudo_labels.json", "log.jsonl",
                  "predictions.json"):
         (small_run / name).unlink()
-    data.write_json(small_run / "videos.json", {})
+    write_json(small_run / "videos.json", {})
     script = """
         for (const key of ["n", "p", "+", "-", "0", "ArrowLeft", "t"]) press(key);
         dispatchEvent(new Event("resize"));

@@ -1,0 +1,1 @@
+"""The ground floor: files, forms, checks, checkpoints, runs, words. It knows no method."""

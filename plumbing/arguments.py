@@ -1,0 +1,69 @@
+"""Command lines: from arguments to the settings of a run, or to what evaluation is asked for."""
+from dataclasses import asdict
+from pathlib import Path
+
+from plumbing import checkpoints, processes, runs, settings, sources
+from plumbing.words import BadInput, shown
+
+
+def resumed_settings(folder, given, kind):
+    """The settings {name: value} of the run in a folder, to go on with; raises BadInput."""
+    elsewhere = Path(given.get("out", folder)) != Path(folder)
+    if elsewhere or given.get("start") or given.get("overwrite"):
+        raise BadInput("--resume goes on in its own folder: another --out, --start and "
+                       "--overwrite do not go with it")
+    found = checkpoints.load(folder, kind)["settings"]
+    s = settings.settings_from(found, kind, f"checkpoint in {folder}")
+    return asdict(s) | {"out": folder, "start": "", "init": "", "overwrite": False, "check": False}
+
+
+def settings_of(argv, kind):
+    """The settings, of a class, of a command line.
+
+    Defaults, changed by the preset, or those of the run to resume, changed by the arguments."""
+    given, preset = settings.read_arguments(argv, kind)
+    dataset = given.get("dataset", "toy")
+    known = ("toy", *sources.LAYOUTS)
+    if dataset not in known and not dataset.endswith(".json"):
+        raise BadInput("--dataset must be an annotation file *.json or one of "
+                       f"{', '.join(known)}, not {shown(dataset)}")
+    if given.get("resume"):
+        base = resumed_settings(given["resume"], given, kind)
+    else:
+        folder = f"runs/{Path(dataset).stem}"
+        base = {"out": folder if given.get("overwrite") else runs.free_folder(folder)} | preset
+    given = sources.whole_paths(base | given)
+    given["device"] = processes.pick_device(given.get("device", "auto"))
+    if given.get("precision", "auto") == "auto":
+        given["precision"] = processes.pick_precision(given["device"])
+    return kind(**given)
+
+
+def mode_of(args, moved):
+    """Which mode of evaluation the arguments ask for.
+
+    moved  those that say where a run's own data lie now, with which --features lies there too"""
+    if args.pred:
+        return "predictions"
+    return "new" if args.features and not any(vars(args)[name] for name in moved) else "test"
+
+
+def evaluation_of(argv, kind, modes, own, description):
+    """(the arguments, those of them that are settings, the mode); raises BadInput.
+
+    kind   the class of the settings
+    modes  {"new", "test", "predictions": the names of the arguments that go together}
+    own    {name: (type, help)} of those that are no settings"""
+    names = dict.fromkeys(name for mode in modes.values() for name in mode)
+    parser = settings.parser_of(names, kind, own, description)
+    args = parser.parse_args(argv)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    if bool(args.checkpoint) == bool(args.pred) or bool(args.pred) != bool(args.gt):
+        parser.error("give either --checkpoint, or --pred and --gt")
+    mode = mode_of(args, ("dataset", "annotations", "root"))
+    other = [settings.flag(name) for name in sorted(given) if name not in modes[mode]]
+    if other:
+        parser.error(f"{', '.join(other)} cannot go with what else is given")
+    if not 0 <= given.get("min_score", 0) <= 1:
+        parser.error(f"--min-score must be from 0 to 1, not {args.min_score}")
+    return args, {name: value for name, value in given.items() if name not in own}, mode

@@ -1,0 +1,233 @@
+"""Checks: what is odd about a data set or about predictions; what a run says of its data."""
+from itertools import compress
+
+import numpy as np
+import torch
+
+from plumbing import forms
+from plumbing.processes import process_count
+from plumbing.words import BadInput, several, short, shown, warn
+
+
+def check_width(name, file, sums, dim):
+    """Raise BadInput where a video's features are of another width D than those of all videos.
+
+    file  of the video
+    sums  of all videos, {id: (steps, mean (D,), spread)}
+    dim   the checkpoint's D, None for that of the first video"""
+    steps, mean, _ = sums[name]
+    _, first, _ = next(iter(sums.values()))
+    expected = dim or len(first)
+    if len(mean) == expected:
+        return
+    like = steps == expected or all(length == steps for length, *_ in sums.values())
+    turned = "; transposed it would fit: features are (T, D)" if like else ""
+    others = "the checkpoint's" if dim else "the others"
+    raise BadInput(f"video {short(name)}: feature file {file} is {len(mean)} wide, {others} "
+                   f"{expected}{turned}")
+
+
+def check_grid(a, s, where):
+    """Raise BadInput where an Annotation lacks what its grid needs."""
+    if s.stride == 0 and not a.duration:
+        raise BadInput(f"{where} it has no duration, which --stride 0 needs")
+    if s.stride and not s.fps and not a.fps:
+        raise BadInput(f"{where} it has no fps; give --fps")
+
+
+def check_segments(a, video, where):
+    """Raise BadInput for the segments of an Annotation that lie outside their Video."""
+    duration = video.duration
+    bad = a.segments[~forms.good_segments(a, duration)].tolist()
+    if not bad:
+        return
+    others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    last = a.segments.max()
+    a_second = {"frames": video.grid.fps, "milliseconds": 1e3, "microseconds": 1e6}
+    guesses = [f"; are its times {unit}, not seconds?" for unit, number in a_second.items()
+               if 0.1 * duration < last / number <= duration]
+    raise BadInput(
+        f"{where} the segment {bad[0]}{others} ends before it starts or lies outside the video "
+        f"(duration {duration:g}){next(iter(guesses), '')}; --bad-segments skip leaves such "
+        "segments out")
+
+
+def check_spans(videos, annotations, s, dim):
+    """Yield warnings where features span another time than the annotations say; raises BadInput.
+
+    A median off by more than a window and 5 % is a warning, one off by half an error.
+    dim: the features' width, their length if they are transposed."""
+    known = [v for v in videos.values() if annotations[v.id].duration and s.stride]
+    if not known:
+        return
+    spans = np.array([v.grid.span(v.steps) for v in known])
+    durations = np.array([v.duration for v in known])
+    ratios = spans / durations
+    ratio = np.median(ratios)
+    off = np.abs(spans - durations)
+    frames = np.clip(s.frames, s.stride, 8 * s.stride)  # where --frames is wrong, not more
+    window = frames / np.median([v.grid.fps for v in known])
+    if abs(ratio - 1) > 0.05 and np.median(off) > window:
+        text = (f"the features span {ratio:.2f} times the duration that the annotations say "
+                f"(median of {len(known)} videos; {short(known[0].id)}: {spans[0]:.1f} s of "
+                f"{durations[0]:.1f} s); are --stride, --frames and --fps right? --stride "
+                f"{s.stride / ratio:.4g} would fit")
+        turned = np.median([v.grid.span(dim) for v in known] / durations)
+        if abs(turned - 1) < 0.05:
+            text += "; transposed they would fit: features are (T, D)"
+        if not 2 / 3 < ratio < 3 / 2 and not s.trust_grid:
+            raise BadInput(f"{text}; --trust-grid goes on")
+        yield text
+        return
+    far = [v.id for v in compress(known, (off > window) & (np.abs(ratios - 1) > 0.5))]
+    if far:
+        yield (f"the features of {len(far)} videos span another time than their annotations say, "
+               f"by more than half: {several(far)}")
+
+
+def check_labelled(labelled, path):
+    """Yield warnings about the LabelledVideos; raises BadInput where nothing is to be learned."""
+    on_step = torch.cat([video.on_a_step() for video in labelled])
+    if not on_step.any():
+        raise BadInput(
+            f"annotation file {path}: none of the {len(on_step)} labelled instances of "
+            f"{several([video.id for video in labelled])} holds a grid step: there is nothing to "
+            "learn (are --stride, --frames and --fps right?)")
+    if not on_step.all():
+        yield (f"{(~on_step).sum()} of {len(on_step)} labelled instances hold no grid step and "
+               "teach nothing")
+
+
+def check_classes(classes, missing):
+    """Yield warnings about the names of the classes."""
+    alike = {}
+    for name in classes:
+        alike.setdefault("".join(name.lower().split()), []).append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            yield (f"the labels {' and '.join(map(shown, names))} differ by letter case or blanks "
+                   "alone")
+    if missing:
+        yield (f"{len(missing)} of {len(classes)} classes have no labelled instance: "
+               f"{several(missing)}")
+
+
+def check_known(path, test, classes):
+    """Raise BadInput for a label of a test video that a checkpoint does not know."""
+
+    def check(a, where):
+        for label in a.labels:
+            if label not in classes:
+                raise BadInput(f"{where} the label {shown(label)} is unknown to the checkpoint")
+
+    forms.read_each(test, check, f"annotation file {path}")
+
+
+def look(dataset, videos, annotations, path, s):
+    """Yield warnings about a loaded training data set; raises BadInput where it is unusable.
+
+    videos, annotations  of all that it takes, {id: Video}, {id: Annotation}"""
+    yield from check_spans(videos, annotations, s, dataset.dim)
+    yield from check_labelled(dataset.labelled, path)
+    yield from check_classes(dataset.classes, dataset.missing)
+
+
+def describe(dataset, s):
+    """What a run has taken, what it leaves out, what it can learn from, and where: a few lines.
+
+    s: also the DetectorSettings, for the levels that regress the labelled segments."""
+    labelled, unlabelled, test = dataset.labelled, dataset.unlabelled, dataset.test
+    on_step = torch.cat([video.on_a_step() for video in labelled])
+    steps = np.array([video.steps for video in labelled + unlabelled + test])
+    half = torch.cat([video.segments for video in labelled]).diff()[:, 0] / 2
+    shares = []
+    for low, high in s.levels()[1]:
+        inside = int(((half >= low) & (half <= high)).sum())
+        share = f"{low:g}-{high:g} {100 * inside / len(half):.0f} %"
+        shares.append(share.replace("-inf", "+"))
+    return "\n".join([
+        f"{len(labelled)} labelled, {len(unlabelled)} unlabelled, {len(test)} test videos; "
+        f"ignored: {'; '.join(dataset.ignored) or 'nothing'}",
+        f"{len(on_step)} labelled instances, {(~on_step).sum()} of them without a grid step; "
+        f"{len(dataset.classes)} classes, {len(dataset.missing)} without a labelled instance",
+        f"{steps.min()} to {steps.max()} steps a video, median {np.median(steps):.0f}, "
+        f"of {dataset.dim} channels",
+        f"segments by level (half their steps): {', '.join(shares)}",
+        f"{s.device}, {s.precision}, {process_count()} process(es)"])
+
+
+def check_positives(detector, dataset, s):
+    """Raise BadInput where the detector has no positive point for any labelled instance."""
+    if not any(s.can_learn(detector, v, len(dataset.classes)) for v in dataset.labelled):
+        raise BadInput("no point is positive for any labelled instance, so there is nothing to "
+                       f"learn: --ranges {short(s.ranges)} or --radius {s.radius:g} do not fit "
+                       "their lengths")
+
+
+def check_unlabelled(dataset, s):
+    """Raise BadInput where a run needs unlabelled videos and has none; --check only says so."""
+    if s.stage != "all" or dataset.unlabelled:
+        return
+    text = (f"all {len(dataset.labelled)} training videos are labelled (--ratio {s.ratio}), so "
+            "there is no unlabelled video for stage 3; --stage supervised needs none, "
+            "--unlabelled-features brings some")
+    if not s.check:
+        raise BadInput(text)
+    warn([text])
+
+
+def check_new_video(name, width, expected, duration, stride):
+    """Raise BadInput for a new video of another width, or without the duration that it needs."""
+    if width != expected:
+        raise BadInput(f"{name} has features of {width} channels, the training had {expected}")
+    if duration is not None and not 0 < duration < 10 ** 6:
+        raise BadInput(f"{name}: a duration must be positive, not {duration}")
+    if stride == 0 and not duration:
+        raise BadInput(f"{name}: give its duration in seconds, which --stride 0 needs")
+
+
+def odd_tests(test, trained):
+    """Warnings about test videos that a checkpoint was trained on; `trained` are ids."""
+    seen = [video.id for video in test if video.id in trained]
+    if seen:
+        return [f"{len(seen)} of {len(test)} test videos were training videos: {several(seen, 3)}"]
+    return []
+
+
+def truth_for(predictions, annotations, subset, gt):
+    """(ground truth {id: Annotation}, its name): of the subset, or of the predictions' subsets.
+
+    gt: the annotations' file. Raises BadInput where they have nothing in common."""
+    common = annotations.keys() & predictions.keys()
+    if predictions and not common:
+        mine, theirs = next(iter(predictions)), next(iter(annotations), "")
+        raise BadInput(f"none of the {len(predictions)} predicted videos, like {short(mine)}, is "
+                       f"in the ground truth {gt}, which has videos like {short(theirs)}")
+    names = {annotations[video].subset.lower() for video in common or annotations}
+    if subset:
+        names = {subset.lower()}
+    truth = {video: a for video, a in annotations.items()
+             if a.annotated and a.subset.lower() in names}
+    if not any(a.labels for a in truth.values()):
+        raise BadInput(f"ground truth {gt} has no instance in the subset "
+                       f"{shown(subset or ', '.join(names))}, only subsets "
+                       f"{forms.subsets_of(annotations)}")
+    return truth, ", ".join(sorted(names)) or "none"
+
+
+def odd_predictions(predictions, truth, annotations):
+    """Yield warnings about predictions that no instance of the truth, or of all, can match.
+
+    truth  those of the annotations that are judged"""
+    stray = [video for video in predictions if video not in truth]
+    silent = [video for video in truth if video not in predictions]
+    if stray or silent:
+        yield (f"{len(stray)} of {len(predictions)} predicted videos are not in the ground truth: "
+               f"{several(stray, 2) or '-'}; {len(silent)} of its {len(truth)} videos have no "
+               f"prediction: {several(silent, 2) or '-'}")
+    known = {label for a in annotations.values() for label in a.labels}
+    labels = [d["label"] for detections in predictions.values() for d in detections]
+    unknown = [label for label in labels if label not in known]
+    if unknown:
+        yield (f"{len(unknown)} of {len(labels)} predictions are left out: their labels are "
+               f"unknown to the ground truth: {several(sorted(set(unknown)), 3)}")

@@ -1,0 +1,353 @@
+"""Forms: annotation, prediction, score and split files as the world writes them, in and out.
+
+Times are in seconds. Bad input raises BadInput: the file, the video and the value.
+"""
+import csv
+import io
+import json
+import math
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from plumbing.files import read_json, read_text, write_text
+from plumbing.words import BadInput, refuse, several, short, shown
+
+# ---- Annotations ---------------------------------------------------------------------------------
+
+@dataclass
+class Annotation:
+    """A video as its annotation file has it."""
+    subset: str
+    duration: float | None
+    fps: float | None
+    segments: np.ndarray  # (N, 2) in seconds
+    labels: list  # N names
+    label_ids: list = field(default_factory=list)
+    annotated: bool = True  # whether it says what happens; without a segment: nothing does
+
+
+# Names under which public annotation files have the same thing.
+DURATIONS = ("duration", "duration_second", "duration_seconds")
+RATES = ("fps", "frame_rate")
+
+
+def number(value, where, what):
+    """The finite number that a JSON value is, written as text or not; raises BadInput."""
+    try:
+        x = float(str(value))  # as text True and None are no numbers, and no whole one overflows
+    except ValueError:
+        x = math.nan
+    if not math.isfinite(x):
+        raise BadInput(f"{where} {what} must be a number, not {shown(value)}")
+    return x
+
+
+def positive_number(entry, keys, where):
+    """The positive number under the first key that an entry has, None without one."""
+    for key in keys:
+        if entry.get(key) is not None:
+            value = number(entry[key], where, key)
+            if value <= 0:
+                raise BadInput(f"{where} {key} must be positive, not {shown(entry[key])}")
+            return value
+    return None
+
+
+def read_segment(value, where):
+    """[start, end] in seconds of a JSON value; raises BadInput."""
+    if not isinstance(value, list) or len(value) != 2:
+        raise BadInput(f"{where} a segment must be [start, end] in seconds, not {shown(value)}")
+    return [number(t, where, f"each time of the segment {shown(value)}") for t in value]
+
+
+def read_label(value, where):
+    """The name of a class, which may be written as a number; raises BadInput."""
+    if value is None or not str(value).strip():
+        raise BadInput(f"{where} a segment has no label")
+    if type(value) not in (str, int, float):
+        raise BadInput(f"{where} a label must be text or a number, not {shown(value)}")
+    return str(value)
+
+
+def read_instances(items, where):
+    """(segment, label, label id) of each item of "annotations"; a list of labels is as many."""
+    for item in items:
+        if not isinstance(item, dict):
+            raise BadInput(f"{where} an annotation must hold a segment and a label, not "
+                           f"{shown(item)}")
+        segment = read_segment(item.get("segment"), where)
+        labels, numbers = item.get("label"), item.get("label_id")
+        if not isinstance(labels, list):
+            labels, numbers = [labels], [numbers]
+        if not isinstance(numbers, list) or len(numbers) != len(labels):
+            numbers = []
+        for label, label_id in zip_longest(labels or [None], numbers):
+            yield segment, read_label(label, where), label_id
+
+
+def read_annotation(entry, where, ignored):
+    """The Annotation of an entry of the database; `where` names it. Raises BadInput.
+
+    ignored  the labels that are left out"""
+    items = entry.get("annotations")
+    if not isinstance(items, list | None):
+        raise BadInput(f'{where} the entry must hold "subset" and a list of "annotations"')
+    subset = entry.get("subset") or ""
+    if not isinstance(subset, str):
+        raise BadInput(f"{where} subset must be text, not {shown(subset)}")
+    rows = [row for row in read_instances(items or [], where) if row[1].strip() not in ignored]
+    segments, labels, label_ids = zip(*rows) if rows else ((), (), ())
+    return Annotation(
+        subset.strip(),
+        positive_number(entry, DURATIONS, where),
+        positive_number(entry, RATES, where),
+        np.array(segments).reshape(-1, 2),
+        list(labels),
+        list(label_ids),
+        items is not None)
+
+
+def read_each(content, read, what):
+    """{id: read(entry, where)} of a file's videos; raises BadInput, which counts the faults."""
+    found = {}
+    faults = {}
+    for name, entry in content.items():
+        try:
+            found[name] = read(entry, f"{what}, video {short(name)}:")
+        except BadInput as fault:
+            faults[name] = fault
+    refuse(faults)
+    return found
+
+
+def read_annotations(path, ignored=""):
+    """{video id: Annotation} of an ActivityNet-style JSON, or of its "database" alone.
+
+    ignored  labels that are left out, with commas
+    Raises BadInput for another form."""
+    content = read_json(path, "annotation file")
+    database = content.get("database", content) if isinstance(content, dict) else None
+    if not isinstance(database, dict) or not all(isinstance(e, dict) for e in database.values()):
+        raise BadInput(f'annotation file {path} has no "database" of videos, each a JSON object')
+    ignored = [label.strip() for label in ignored.split(",")]
+    return read_each(database, lambda entry, where: read_annotation(entry, where, ignored),
+                     f"annotation file {path}")
+
+
+def unknown_video(duration, fps):
+    """The Annotation of a video of which nothing more is known, or may be read."""
+    return Annotation("", duration, fps, np.zeros((0, 2)), [], annotated=False)
+
+
+# ---- Annotations, chosen and changed -------------------------------------------------------------
+
+def in_subset(annotations, subset):
+    """The annotations {id: Annotation} of a subset, in any letter case."""
+    return {name: a for name, a in annotations.items() if a.subset.lower() == subset.lower()}
+
+
+def subsets_of(annotations):
+    """The names of the subsets, with the number of videos of each, as a message shows them."""
+    names = [a.subset or "none" for a in annotations.values()]
+    return several([f"{name} ({names.count(name)})" for name in sorted(set(names))])
+
+
+def as_one_class(annotations):
+    """The annotations {id: Annotation} with one class for all instances."""
+    return {name: replace(a, labels=["action"] * len(a.labels), label_ids=[])
+            for name, a in annotations.items()}
+
+
+def good_segments(a, duration):
+    """Which segments of an Annotation end after they start and lie at least half inside the video.
+
+    -> (N,) bool"""
+    starts, ends = a.segments.T
+    inside = ends.clip(max=duration) - starts.clip(0)
+    return (ends > starts) & (inside >= 0.5 * (ends - starts))
+
+
+def class_names(annotations):
+    """Class names in the order of their label_id (numbers, or strings of numbers), else by name."""
+    pairs = set()
+    for a in annotations:
+        pairs.update(zip_longest(a.labels, map(str, a.label_ids), fillvalue=""))
+    id_of = dict(pairs)
+    numbered = all(text.isdecimal() and len(text) < 19 for text in id_of.values())
+    if numbered and len(id_of) == len(pairs):
+        return sorted(id_of, key=lambda label: (int(id_of[label]), label))
+    return sorted(id_of)
+
+
+# ---- Splits, predictions, scores -----------------------------------------------------------------
+
+def read_split(path, videos):
+    """The labelled ids that a file lists; raises BadInput if there is none or one is unknown."""
+    if path.suffix == ".json":
+        content = read_json(path, "split file")
+        ids = content.get("labelled") if isinstance(content, dict) else content
+    else:
+        ids = [*filter(None, map(str.strip, read_text(path, "split file").splitlines()))]
+    if not isinstance(ids, list) or not ids or not all(isinstance(name, str) for name in ids):
+        raise BadInput(f"split file {path} selects no labelled video; it must list their ids")
+    ids = [name if name in videos else name.removeprefix("v_") for name in ids]
+    unknown = [name for name in ids if name not in videos]
+    if unknown:
+        raise BadInput(f"split file {path} names {several(unknown)}: no annotated training video "
+                       f"({len(unknown)} of {len(ids)} ids; one id a line)")
+    return sorted(set(ids))
+
+
+def read_results(path, what):
+    """The content of a JSON file that has {id: ...} under "results"; raises BadInput."""
+    content = read_json(path, what)
+    match content:
+        case {"results": dict()}:
+            return content
+    raise BadInput(f'{what} {path} has no "results" of videos')
+
+
+def read_detections(found, where):
+    """The detections [{"label", "score", "segment"}] of a video; raises BadInput."""
+    if not isinstance(found, list) or not all(isinstance(d, dict) for d in found):
+        raise BadInput(f"{where} it must list predictions, not {shown(found)}")
+    return [{
+        "label": read_label(d.get("label"), where),
+        "score": number(d.get("score"), where, "a score"),
+        "segment": read_segment(d.get("segment"), where),
+    } for d in found]
+
+
+def read_predictions(path):
+    """{id: detections} of a file in ActivityNet's result format; raises BadInput for another."""
+    results = read_results(path, "prediction file")["results"]
+    return read_each(results, read_detections, f"prediction file {path}")
+
+
+def read_video_scores(path):
+    """{id: {label: score}} of a file of video-level scores; raises BadInput.
+
+    The file holds "results": {id: scores}, and scores are {label: score}, or as many as the names
+    under "class" (the form that ActivityNet's classifiers are published in)."""
+    content = read_results(path, "score file")
+    names = content.get("class")
+
+    def read(scores, where):
+        if isinstance(scores, list) and isinstance(names, list) and len(names) == len(scores):
+            scores = dict(zip(map(str, names), scores))
+        if not isinstance(scores, dict) or not scores:
+            raise BadInput(f"{where} it must hold a score for each class, not {shown(scores)}")
+        return {label: number(score, where, "a score") for label, score in scores.items()}
+
+    return read_each(content["results"], read, f"score file {path}")
+
+
+# ---- What is written for others -----------------------------------------------------------------
+
+def listed(segments, labels):
+    """Instances as ActivityNet's annotation files have them."""
+    return [{"segment": segment, "label": label} for segment, label in zip(segments, labels)]
+
+
+def with_video_scores(results, scores_of):
+    """Detections of one class -> of the two classes that score best for their whole video.
+
+    The score is the geometric mean of both, as the public ActionFormer has it. A video without
+    scores of its own has no detection.
+    results  {id: [{"label", "score", "segment"}]}, scores_of {id: {label: score}}"""
+    found = {}
+    for video, detections in results.items():
+        scores = scores_of.get(video) or scores_of.get(f"v_{video}", {})
+        best = sorted(scores, key=scores.get, reverse=True)[:2]
+        named = [d | {"label": label, "score": math.sqrt(d["score"] * max(scores[label], 0))}
+                 for d in detections for label in best]
+        found[video] = sorted(named, key=lambda d: -d["score"])
+    return found
+
+
+def result_format(found, external):
+    """Detections {id: [{"label", "score", "segment"}]} in ActivityNet's result format.
+
+    external  what else than the features was used, as the format asks"""
+    return {"version": "VERSION 1.3", "results": found, "external_data": external}
+
+
+def table(metrics, title):
+    """A table of mAP in percent, with the number of videos, instances and classes."""
+    head = "".join(f"{threshold:8.2f}" for threshold in metrics["tiou"])
+    body = "".join(f"{100 * value:8.2f}" for value in metrics["mAP"])
+    if metrics.get("external_scores"):
+        title += " with external video-level scores"
+    return (f"{title}: {metrics['videos']} videos, {metrics['instances']} instances, "
+            f"{len(metrics['ap'])} classes\n"
+            f"tIoU  {head}    Avg.\n"
+            f"mAP % {body}{100 * metrics['average_mAP']:8.2f}")
+
+
+def clock(seconds):
+    """Seconds as m:ss.s."""
+    minutes, rest = divmod(round(10 * seconds), 600)
+    return f"{minutes}:{rest / 10:04.1f}"
+
+
+def subtitle_clock(seconds):
+    """Seconds as hh:mm:ss,mmm, as a subtitle has them."""
+    minutes, rest = divmod(round(1000 * seconds), 60_000)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02},{rest % 1000:03}"
+
+
+def actions(segments, labels, scores, least):
+    """The actions of at least a score, as they are printed and written."""
+    return [
+        {"segment": [round(start, 2), round(end, 2)], "label": label, "score": round(score, 2)}
+        for (start, end), label, score in zip(segments.tolist(), labels, scores.tolist())
+        if score >= least]
+
+
+def listing(actions):
+    """Actions [{"segment", "label", "score"}] in lines for people."""
+    return "\n".join(
+        f"{clock(a['segment'][0]):>9} - {clock(a['segment'][1]):>8}  {a['score']:.2f}  "
+        f"{short(a['label'])}" for a in actions)
+
+
+def json_text(found):
+    """The text of a .json file of the actions of videos, in ActivityNet's result format."""
+    return json.dumps(result_format(found, {}), indent=1)
+
+
+def csv_text(found):
+    """The text of a .csv file of the actions of videos."""
+    rows = [("video", "start", "end", "label", "score")]
+    for video, actions in found.items():
+        rows += [(video, *a["segment"], a["label"], a["score"]) for a in actions]
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
+
+
+def srt_text(found):
+    """The text of an .srt file of the actions of one video, in their order in time."""
+    [actions] = found.values()
+    in_time = sorted(actions, key=lambda a: a["segment"])
+    return "\n".join(
+        f"{number}\n{subtitle_clock(a['segment'][0])} --> {subtitle_clock(a['segment'][1])}\n"
+        f"{a['label']} {a['score']:.2f}\n" for number, a in enumerate(in_time, 1))
+
+
+TEXTS = {".json": json_text, ".csv": csv_text, ".srt": srt_text}
+
+
+def check_ending(path, videos):
+    """Raise BadInput for an ending that write_found() does not know, or not for several videos."""
+    ending = Path(path).suffix
+    if ending not in TEXTS or ending == ".srt" and videos > 1:
+        raise BadInput(f"--out {path} must end in .json, .csv or, for one video, .srt")
+
+
+def write_found(path, found):
+    """Write {video: [{"segment", "label", "score"}]}: JSON, CSV or SRT, as the ending says."""
+    write_text(path, TEXTS[Path(path).suffix](found))

@@ -1,0 +1,118 @@
+"""The journal: what a run writes and prints about itself. `run` is a train.Run."""
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from plumbing import files, forms, runs
+from plumbing.words import is_first, say, several, warn
+
+
+def note(run, text):
+    """A warning now, and again at the end of the run."""
+    run.data.warnings.append(text)
+    warn([text])
+
+
+def write_configuration(run):
+    """What the run does, in config.json, and with which videos, in split.json and videos.json.
+
+    videos.json has the annotations that the run may know, in seconds."""
+    d, out = run.data, run.folder.path
+    parts = {"labelled": d.labelled, "unlabelled": d.unlabelled, "test": d.test}
+    ids = {part: [video.id for video in videos] for part, videos in parts.items()}
+    split = {"labelled": ids["labelled"], "unlabelled": ids["unlabelled"],
+             "missing_classes": d.missing}
+    known = {name: forms.listed(a.segments.tolist(), a.labels) for name, a in d.truth.items()}
+    for video in d.labelled:
+        names = [d.classes[label] for label in video.labels]
+        known[video.id] = forms.listed(video.in_seconds(video.segments).tolist(), names)
+    entries = {}
+    for part, videos in parts.items():
+        for video in videos:
+            entries[video.id] = {"part": part, "duration": video.duration,
+                                 "annotations": known.get(video.id)}
+    files.write_json(out / "config.json", asdict(run.s), indent=1)
+    files.write_json(out / "split.json", split, indent=1)
+    files.write_json(out / "videos.json", entries)
+
+
+def check_finite(run, what, value, ids):
+    """Raise Diverged where the output, loss or gradient of a step is NaN or infinite.
+
+    ids  of the step's videos"""
+    if math.isfinite(value):
+        return
+    at, folder = run.at, run.folder
+    advice = "lower --lr"
+    if folder.saved:
+        advice = (f"go on from what is good by --start {folder.path}/checkpoint.pt "
+                  f"--lr {run.s.lr / 10:g} --out ANOTHER")
+    raise runs.Diverged(f"training diverged: the {what} is {float(value)} at step {at.step + 1} of "
+                        f"stage {at.stage} (videos {several(ids)}); {advice}")
+
+
+def show_step(run, parts):
+    """A step on the console, and every s.log_every steps in log.jsonl; parts: of its loss."""
+    at, pace = run.at, run.pace
+    run.steps.append({key: torch.as_tensor(value).detach() for key, value in parts.items()})
+    _, steps, _ = run.plan[at.stage]
+    runs.show_bar(at.stage, at.done, steps, pace.time_left(at.step))
+    if at.step % run.s.log_every == 0 or at.step == pace.total:
+        values = {key: float(value) for key, value in run.steps[-1].items()}
+        run.folder.log(at, **pace.row(at.step), **values)
+
+
+def show_epoch(run):
+    """A line of at most 100 columns about the epoch that has ended."""
+    at = run.at
+    line = f"{at.stage:<10} {at.epoch:>3}/{run.plan[at.stage][0]}"
+    line += f"  loss {np.mean([float(step['loss']) for step in run.steps]):.3f}"
+    for prefix, kind in (("", " "), ("unsup_", "  pseudo:")):
+        mine = [step for step in run.steps if prefix + "t_plus" in step]
+        line += kind if mine else ""
+        for key in ("cls", "reg") if mine else ():
+            each = [float(step[prefix + key] / step[prefix + "t_plus"]) for step in mine]
+            line += f" {key} {np.mean(each):.3f}"
+    runs.show_line(f"{line}  {run.pace.time_left(at.step)}")
+
+
+def run_extra(run, name):
+    """Let an extra write what it makes of the run: as a command, since nothing imports it."""
+    root = Path(__file__).parent.parent
+    if is_first() and not runs.run_extra(name, run.folder.path, root):
+        note(run, f"python -m extras.{name} {run.folder.path} failed; it says why")
+
+
+def report(run, results):
+    """Write predictions.json and metrics.json, and print the table; the first process does.
+
+    results  {"raw": (metrics, predictions), "ema": ...}; metrics are None without annotations"""
+    s, out = run.s, run.folder.path
+    if not is_first():
+        return
+    metrics, predictions = results.pop(s.weights)
+    other, (other_metrics, _) = results.popitem()
+    files.write_json(out / "predictions.json", predictions)
+    if metrics is None:
+        return
+    average, other_average = metrics["average_mAP"], other_metrics["average_mAP"]
+    whole = metrics | {"weights": s.weights, f"average_mAP_{other}": other_average}
+    say(forms.table(metrics, f"{out} ({s.weights} weights)"))
+    say(f"average with the {other} weights: {100 * other_average:.2f}")
+    if run.supervised_mAP is not None:
+        whole["supervised_mAP"] = run.supervised_mAP
+        say(f"supervised {100 * run.supervised_mAP:.2f} -> APL {100 * average:.2f}")
+    files.write_json(out / "metrics.json", whole, indent=1)
+
+
+def farewell(run):
+    """What to do next, and the run's warnings once more; its page before, where it has one."""
+    s, out = run.s, run.folder.path
+    if s.page:
+        run_extra(run, "viewer")
+    say(f"to look at: {out}/page.html" if s.page else f"results: {out}")
+    say(f"a new video: {s.EVALUATE} --checkpoint {out} --features video.npy")
+    warn(run.data.warnings)

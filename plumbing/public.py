@@ -1,0 +1,84 @@
+"""Weights from elsewhere: a public ActionFormer's checkpoint, or another run's, where they fit."""
+import re
+
+import torch
+
+from plumbing.files import load_torch, reading
+from plumbing.words import BadInput, several
+
+# Names of the public ActionFormer and of this project.
+RENAMED = (
+    (r"backbone\.embd\.(\d)\.conv", r"backbone.embed.convs.\1"),
+    (r"backbone\.embd_norm", "backbone.embed.norms"),
+    (r"\.ln(\d)\.", r".norm\1."),
+    (r"attn\.(query|key|value)_conv\.conv", r"attn.convs.\1"),
+    (r"attn\.(query|key|value)_norm", r"attn.norms.\1"),
+    (r"attn\.(query|key|value)\.", r"attn.linears.\1."),
+    (r"mlp\.3", "mlp.2"),
+    (r"drop_path_attn", "drop1"),
+    (r"drop_path_mlp", "drop2"),
+    (r"neck\.fpn_norms", "backbone.neck"),
+    (r"cls_head\.cls_head\.conv", "cls_out"),
+    (r"reg_head\.offset_head\.conv", "reg_out"),
+    (r"(cls|reg)_head\.head\.(\d)\.conv", r"\1_trunk.convs.\2"),
+    (r"(cls|reg)_head\.norm", r"\1_trunk.norms"),
+    (r"query", "0"),
+    (r"key", "1"),
+    (r"value", "2"),
+)
+
+
+def reshaped(key, value):
+    """A weight of the public ActionFormer in this project's shape."""
+    if value.ndim < 3:
+        return value
+    if key.endswith("weight") and value.shape[1:] == (1, 3):
+        return value[:, 0].T  # depth-wise
+    if key.endswith("weight") and value.shape[2] == 3:
+        return value.permute(2, 0, 1)  # (out, in, 3) -> (3, out, in)
+    return value.squeeze(-1) if value.shape[0] > 1 else value.flatten()
+
+
+def public_weights(state):
+    """The public ActionFormer's state dict under this project's names and shapes."""
+    found = {}
+    scales = []
+    for key, value in state.items():
+        if "reg_head.scale" in key:
+            scales.append(value.flatten())
+            continue
+        for old, new in RENAMED:
+            key = re.sub(old, new, key)
+        found[key] = reshaped(key, value)
+    return found | ({"scales": torch.cat(scales)} if scales else {})
+
+
+def read_weights(path):
+    """{name: tensor} of a checkpoint, ours or the public ActionFormer's; averaged ones if it can.
+
+    Raises BadInput."""
+    content = load_torch(path, "checkpoint")
+    with reading("checkpoint", path, "it holds no weights"):
+        parts = ("state_dict_ema", "state_dict", "ema", "detector")
+        state = next((content[part] for part in parts if part in content), content)
+        state = {key.removeprefix("module."): value for key, value in state.items()
+                 if isinstance(value, torch.Tensor) and value.isfinite().all()}
+    return public_weights(state) if any("backbone.embd." in key for key in state) else state
+
+
+def take_weights(detector, path):
+    """Load what fits of a checkpoint into a Detector -> what does not fit, in words.
+
+    Raises BadInput where nothing does."""
+    found, mine = read_weights(path), detector.state_dict()
+    fitting = {name: value for name, value in found.items()
+               if name in mine and value.shape == mine[name].shape}
+    if not fitting:
+        raise BadInput(f"checkpoint {path} has no weight of a name and shape that fits")
+    detector.load_state_dict(mine | fitting)
+    new = [name for name in mine if name not in fitting]
+    unused = [name for name in found if name not in fitting]
+    return (f"{len(fitting)} of {len(mine)} weights are those of {path}; new: "
+            f"{several(new, 8) or 'none'}; not used: {several(unused, 8) or 'none'}")
+
+

@@ -1,0 +1,262 @@
+"""Runs: signals and errors, the folder of a run with its lock and log, the console."""
+import fcntl
+import math
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from plumbing.files import append_row, read_rows, write_rows
+from plumbing.processes import leave_processes, process_count, sum_of_all
+from plumbing.words import BadInput, complain, is_first, say
+
+# ---- Signals and errors -------------------------------------------------------------------------
+
+class Stopped(BaseException):
+    """A signal has stopped the run: no error that what reads files would take for one of theirs."""
+
+
+class Diverged(BadInput):
+    """The loss or a gradient is no number any more."""
+
+
+@dataclass
+class Stop:
+    """Whether Ctrl-C or SIGTERM has asked a command to stop, and how it ended."""
+    signal: int = 0  # which did; 0: none
+    gently: bool = False  # whether a step is under way, which is finished and saved first
+    way_on: str = ""  # "; " and how to go on from what is saved, in words
+    lock: object = None  # the open file that keeps other runs out of the folder
+    code: int = 0  # the exit code
+
+
+def on_signals(stop):
+    """Let Ctrl-C and SIGTERM fill a Stop -> what they did before, {signal: handler}.
+
+    Raises Stopped where no step is under way, and at the second signal. What the shell ignores,
+    as under nohup, stays ignored."""
+    def handle(number, frame):
+        again = stop.signal
+        stop.signal = number
+        if again or not stop.gently:
+            raise Stopped
+    if threading.current_thread() is not threading.main_thread():
+        return {}  # Python sets handlers there alone
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM)
+             if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handle) for number in heard}
+
+
+def asked_to_stop(stop, device):
+    """Whether a signal has reached this process, or another that shares the batch."""
+    if process_count() == 1:
+        return stop.signal > 0
+    return bool(sum_of_all(torch.tensor(float(stop.signal), device=device)))
+
+
+@contextmanager
+def guard(unsaved=""):
+    """A command's signals and errors -> a Stop, whose `code` is the exit code afterwards.
+
+    2 for bad input, 130 after Ctrl-C, 143 after SIGTERM, each with a sentence; what is no error of
+    input is raised. Other processes may wait for one that failed: torchrun ends them.
+    unsaved  how the sentence ends where nothing is saved"""
+    stop = Stop()
+    before = on_signals(stop)
+    try:
+        yield stop
+        leave_processes()
+    except Stopped:
+        stop.code = 128 + stop.signal
+        if is_first():
+            name = signal.Signals(stop.signal).name
+            complain(f"stopped by {name}{stop.way_on or unsaved}")
+    except (BadInput, OSError) as error:
+        stop.code = 2
+        complain(f"{error}{'' if isinstance(error, Diverged) else stop.way_on}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        stop.code = 2
+        way_on = stop.way_on or unsaved
+        complain(f"the memory is too small: lower --batch or --max-steps{way_on}")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if stop.lock:
+            stop.lock.close()
+
+
+# ---- The folder of a run ------------------------------------------------------------------------
+
+RESULTS = ("metrics.json", "predictions.json", "pseudo_labels.json", "detector.pt", "page.html")
+
+
+def holds_run(folder):
+    """Whether a folder holds a run that a new one would destroy."""
+    return any((Path(folder) / name).exists() for name in ("checkpoint.pt", *RESULTS))
+
+
+def free_folder(folder):
+    """The folder, or that with the next number, which holds no run."""
+    number = 1
+    name = folder
+    while holds_run(name):
+        number += 1
+        name = f"{folder}-{number}"
+    return name
+
+
+def check_folder(s):
+    """Raise BadInput where a new run would destroy one, or cannot have its folder."""
+    if not s.resume and not s.overwrite and holds_run(s.out):
+        raise BadInput(f"{s.out} holds a run: --resume {s.out} goes on with it, --overwrite begins "
+                       "anew, another --out keeps it")
+    if Path(s.out).exists() and not Path(s.out).is_dir():
+        raise BadInput(f"--out {s.out} is no folder")
+
+
+def keep_others_out(folder):
+    """The open file that keeps other runs out of a folder until it is closed; raises BadInput."""
+    file = open(folder / ".lock", "a")  # noqa: SIM115, open as long as the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise BadInput(f"another run is writing to {folder}; give another --out") from None
+    for left in folder.glob("*.tmp"):  # of a run that was killed while it wrote
+        if re.fullmatch(r".+\.\d+\.tmp", left.name):
+            left.unlink()
+    return file
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+    stage: str
+    epoch: int = 0  # of the stage, done so far
+    step: int = 0  # of the stage, done so far
+    done: int = 0  # steps of the epoch, done so far
+    ema_step: int = 0  # steps of all stages, done so far
+
+    def count_step(self):
+        """One more step is done."""
+        self.step += 1
+        self.done += 1
+        self.ema_step += 1
+
+
+@dataclass
+class Folder:
+    """The folder of a run and its log; the first process writes.
+
+    What lies in it goes when there is something better: until the first save, rows wait."""
+    path: Path
+    stop: Stop = field(default_factory=Stop)  # of the command
+    saved: bool = False  # whether the files in it are this run's
+    rows: list = field(default_factory=list)  # of the log, until then
+
+    def open(self, stop):
+        """Make it, and keep others out while a command's Stop lasts; raises BadInput."""
+        self.stop = stop
+        if is_first():
+            self.path.mkdir(parents=True, exist_ok=True)
+            stop.lock = keep_others_out(self.path)
+
+    def claim(self, way_on):
+        """The files in it are this run's from here on; way_on: how to go on, in words."""
+        self.saved = True
+        self.stop.way_on = f"; {way_on}"
+
+    def clear(self):
+        """At the first save of a new run the results that another left go, and the log begins."""
+        for name in RESULTS:
+            (self.path / name).unlink(missing_ok=True)
+        write_rows(self.path / "log.jsonl", self.rows)
+
+    def cut_log(self, at, stages):
+        """Of the log of a resumed run keep the rows up to its checkpoint's Progress `at`."""
+        path = self.path / "log.jsonl"
+        reached = stages.index(at.stage), at.epoch + (at.done > 0), at.step
+        write_rows(path, [
+            row for row in read_rows(path)
+            if (stages.index(row["stage"]), row["epoch"], row.get("step", 0)) <= reached])
+
+    def log(self, at, **row):
+        """A row of log.jsonl."""
+        row = {"stage": at.stage, "epoch": at.epoch + 1} | row
+        if self.saved:
+            append_row(self.path / "log.jsonl", row)
+        elif is_first():
+            self.rows.append(row)
+
+
+# ---- The console --------------------------------------------------------------------------------
+
+class Pace:
+    """How fast the steps of a stage go.
+
+    plan  {stage: (epochs, steps of an epoch, cost of a step)} of the whole run
+    step  done in this stage so far"""
+
+    def __init__(self, plan, stage, step):
+        epochs, steps, cost = plan[stage]
+        rest = list(plan.values())[list(plan).index(stage):]
+        self.total = epochs * steps  # steps of the stage
+        self.whole = sum(map(math.prod, rest)) / cost  # and of those after it, at its pace
+        self.first = step
+        self.since = time.time()
+
+    def seconds(self, step):
+        """Seconds a step, `step` being done now."""
+        return (time.time() - self.since) / max(step - self.first, 1)
+
+    def time_left(self, step):
+        """How long the whole run still takes at this pace, in words."""
+        seconds = (self.whole - step) * self.seconds(step)
+        minutes, seconds = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{seconds:02} left"
+
+    def row(self, step):
+        """What log.jsonl says of it."""
+        seconds = max(self.seconds(step), 1e-9)
+        return {"step": step, "of": self.total, "steps_a_second": 1 / seconds,
+                "seconds_left": (self.total - step) * seconds}
+
+
+def is_terminal():
+    """Whether somebody watches."""
+    return is_first() and sys.stdout is not None and sys.stdout.isatty()
+
+
+def show_bar(stage, done, steps, left):
+    """A bar of an epoch's steps, where a terminal shows it; left: words at its end."""
+    if is_terminal():
+        filled = 30 * done // steps
+        bar = "#" * filled + "." * (30 - filled)
+        sys.stdout.write(f"\r{stage:<10} [{bar}] {done}/{steps}  {left} ")
+        sys.stdout.flush()
+
+
+def show_line(line):
+    """A line about an epoch that has ended, over its bar."""
+    if is_terminal():
+        sys.stdout.write("\r")
+        line = f"{line:<80}"
+    say(line)
+
+
+def run_extra(name, folder, root):
+    """Start an extra as a command, since nothing imports it -> whether it went well.
+
+    root  where extras/ lies"""
+    command = [sys.executable, "-m", f"extras.{name}", str(folder.resolve())]
+    return subprocess.run(command, cwd=root, capture_output=True, check=False).returncode == 0

@@ -1,0 +1,278 @@
+"""Settings: checked dataclasses, their help and command line; those of files and of runs.
+
+A field is `name: Kind("comment") = default`. The Kind says what the value may be; the class that
+the field stands in says from which stage on it matters (`since`, "run" if it changes no result)
+and under which heading --help lists it (`heading`).
+"""
+import argparse
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Annotated
+
+import numpy as np
+
+from plumbing.words import BadInput, short, shown
+
+# ---- Kinds of settings: each makes a field's type of the comment on it --------------------------
+
+def Text(comment):
+    """Any text."""
+    return Annotated[str, comment, ()]
+
+
+def Flag(comment):
+    """On or off."""
+    return Annotated[bool, comment]
+
+
+def OneOf(choices, comment):
+    """One of some words."""
+    return Annotated[str, comment, choices]
+
+
+def number(kind, least, most, words):
+    """A kind of numbers: type, limits, and how a message says them."""
+    return lambda comment: Annotated[kind, comment, least, most, words]
+
+
+Share = number(float, 0, 1, "a share")
+ShareBelow1 = number(float, 0, 0.999, "a share below 1")
+Similarity = number(float, -1, 1, "from -1 to 1")
+NotNegative = number(float, 0, 1e12, "not negative")
+Positive = number(float, 1e-12, 1e12, "positive")
+AtLeast1 = number(float, 1, 1e12, "at least 1")
+Finite = number(float, -1e12, 1e12, "finite")
+Whole = number(int, 0, 1e12, "not negative")
+WholePositive = number(int, 1, 1e12, "positive")
+Blocks = number(int, 0, 64, "from 0 to 64")
+WidthOrNone = number(int, 0, 8192, "from 0 to 8192")
+CountOrNone = number(int, 0, 10 ** 6, "from 0 to a million")
+Width = number(int, 1, 8192, "from 1 to 8192")
+Count = number(int, 1, 10 ** 6, "from 1 to a million")
+
+
+def type_of(f):
+    """The type of a setting's value."""
+    return f.type.__origin__
+
+
+def comment_of(f):
+    """The comment on a setting, which is also the command line's help."""
+    return f.type.__metadata__[0]
+
+
+def choices_of(f):
+    """The words that a setting may be; () where there is no list of them."""
+    return f.type.__metadata__[1] if type_of(f) is str else ()
+
+
+def check_setting(f, value):
+    """Raise BadInput for what a setting may not be."""
+    kind = type_of(f)
+    types = (int, float) if kind is float else (kind,)
+    if type(value) not in types:
+        raise BadInput(f"setting {f.name} must be of type {kind.__name__}, not {shown(value)}")
+    if kind is str and "\0" in value:
+        raise BadInput(f"setting {f.name} must hold no NUL, but is {shown(value)}")
+    if choices_of(f) and value not in choices_of(f):
+        raise BadInput(f"setting {f.name} must be one of {', '.join(choices_of(f))}, not "
+                       f"{shown(value)}")
+    if kind in (int, float):
+        _, least, most, words = f.type.__metadata__
+        if not least <= value <= most:
+            raise BadInput(f"setting {f.name} must be {words}, but is {shown(value)}")
+
+
+class CheckedSettings:
+    """Base of the settings: refuses what a setting may not be with BadInput."""
+
+    def __post_init__(self):
+        for f in fields(self):
+            check_setting(f, getattr(self, f.name))
+
+
+def home_of(name, kind):
+    """The class, `kind` or one that it is made of, that a setting stands in."""
+    return next(home for home in kind.__mro__ if name in home.__annotations__)
+
+
+def settings_of_stages(kind, stages):
+    """The names of the settings of a class that matter in one of the stages."""
+    return [f.name for f in fields(kind) if home_of(f.name, kind).since in stages]
+
+
+def settings_from(found, kind, where):
+    """The settings of a class that a file's dict holds; raises BadInput where they are others."""
+    if not isinstance(found, dict):
+        found = {}
+    try:
+        return kind(**{f.name: found[f.name] for f in fields(kind)})
+    except KeyError as error:
+        fault = f"it lacks the setting {error}"
+    except BadInput as error:
+        fault = error
+    raise BadInput(f"{where} is not of this version: {fault}")
+
+
+# ---- Files and runs -----------------------------------------------------------------------------
+
+SPLITS = ("uniform", "stratified")
+
+
+@dataclass(frozen=True)
+class FileSettings(CheckedSettings):
+    """What is read and where, and what of it is reported."""
+    since = "run"
+    heading = "files, splits, crops and batches"
+    dataset: Text(
+        "toy, thumos, activitynet, epic-verb, epic-noun, or the path of an annotation JSON") = "toy"
+    root: Text("folder of a published dataset, in ActionFormer's layout") = ""
+    annotations: Text("annotation file, in place of the layout's") = ""
+    features: Text("feature folder; none: the layout's, or the folder features beside a JSON") = ""
+    unlabelled_features: Text(
+        "folder whose feature files without an annotation entry are unlabelled videos") = ""
+    prefix: Text("what stands before a video's id in its feature file's name") = ""
+    extension: Text("what stands after it: .npy, .npz, .pt or .csv") = ".npy"
+    feature_key: Text("name of the array in .npz and .pt files") = "feats"
+    missing: OneOf(("error", "skip"), "what a video without a feature file does") = "error"
+    trust_grid: Flag("go on where the features span another time than the annotations say") = False
+    test_subset: Text("subset of the test videos; none: no test") = "validation"
+    split: Text("uniform, stratified, or a file of labelled ids") = "uniform"
+    ext_scores: Text(
+        "JSON of video-level scores from elsewhere, which name the classes of --one-class") = ""
+    audit: Flag("report the pseudo labels' quality; reads hidden labels for this only") = False
+    weights: OneOf(("ema", "raw"), "weights that are reported first [J]") = "ema"
+    device: Text("auto, cpu, cuda, ...") = "auto"
+
+
+@dataclass(frozen=True)
+class RunSettings(CheckedSettings):
+    """What a run writes, and where it goes on."""
+    since = "run"
+    heading = "the run"
+    out: Text(
+        "folder of all that the run writes; none: runs/<dataset>, or the next free number") = ""
+    overwrite: Flag("begin anew in a folder that holds a run") = False
+    check: Flag("report on the data and stop") = False
+    start: Text(
+        "checkpoint of another run to go on from; --lr, --warmup and --clip may differ") = ""
+    init: Text(
+        "checkpoint to take fitting weights from: a public ActionFormer's, or of another run") = ""
+    resume: Text("folder of a run to go on with, with its settings") = ""
+    log_every: WholePositive("steps between two rows of log.jsonl") = 20
+    page: Flag("write page.html at the end, the run to look at in a browser") = True
+
+
+# ---- The command line ---------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence."""
+
+    def error(self, message):
+        """Raises BadInput."""
+        raise BadInput(f"{message}; --help lists every setting")
+
+
+def flag(name):
+    """How a setting is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def add_setting(group, f, preset):
+    """Add a setting to a group of a parser.
+
+    Its help says what it is, its choices, the default in force."""
+    default = preset.get(f.name, f.default)
+    default = "not set" if default == "" else default
+    choices = f"; one of {', '.join(choices_of(f))}" if choices_of(f) else ""
+    text = f"{comment_of(f)}{choices} (default {default})".replace("%", "%%")
+    kind = type_of(f)
+    value = {"type": kind, "metavar": kind.__name__}
+    if kind is bool:
+        value = {"action": argparse.BooleanOptionalAction}
+    group.add_argument(flag(f.name), help=text, **value)
+
+
+def parser_of(names, kind, own, description):
+    """The parser of some settings of a class, without defaults, and of arguments of its own.
+
+    own  {name: (type, help)}, also in the place of a setting's"""
+    parser = Parser(description=description, allow_abbrev=False)
+    arguments = {f.name: (type_of(f), comment_of(f)) for f in fields(kind)} | own
+    for name in names:
+        value, comment = arguments[name]
+        parser.add_argument(flag(name), type=value, help=comment)
+    return parser
+
+
+def read_arguments(argv, kind):
+    """(settings given, settings of the preset) of a command line, each {name: value}.
+
+    kind: the class of the settings; it has TITLE, TRAIN, its command, FIRST, the settings that
+    --help lists first, and preset(dataset, paper). Raises BadInput."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", default="toy")
+    first.add_argument("--paper", action="store_true")
+    known, _ = first.parse_known_args(argv)
+    preset = kind.preset(known.dataset, known.paper)
+    parser = Parser(
+        description=kind.TITLE,
+        usage=f"{kind.TRAIN} [--setting value ...]",
+        epilog="[S] the paper states it, [A] the public ActionFormer has it, [J] neither. The "
+               f"defaults are those in force for --dataset {short(known.dataset)}.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS)
+    parser.add_argument(
+        "--paper", action="store_true",
+        help="the paper's own choices, where toy's and own data's defaults are others")
+    group_of = cache(parser.add_argument_group)
+    by_name = {f.name: f for f in fields(kind)}
+    for name in dict.fromkeys([*kind.FIRST, *by_name]):
+        heading = home_of(name, kind).heading
+        group = group_of("what matters first" if name in kind.FIRST else heading)
+        add_setting(group, by_name[name], preset)
+    given = vars(parser.parse_args(argv))
+    given.pop("paper", None)
+    return given, preset
+
+
+def thresholds_of(text):
+    """"0.3:0.7:0.1" (both ends included) or "0.3,0.5" -> tIoU thresholds; raises BadInput."""
+    try:
+        if ":" in text:
+            first, last, step = map(float, text.split(":"))
+            steps = (last - first) / step
+            if abs(steps - round(steps)) > 1e-6 or not 0 <= steps < 1000:
+                raise BadInput(f"--tiou {short(text)}: the step does not divide the range")
+            values = np.linspace(first, last, round(steps) + 1)
+        else:
+            values = np.array(text.split(","), dtype=np.float64)
+    except (ValueError, ArithmeticError):
+        raise BadInput(
+            f"--tiou must be start:end:step or a list with commas, not {shown(text)}") from None
+    if not ((values > 0) & (values <= 1)).all():
+        raise BadInput(f"--tiou {shown(text)} gives thresholds outside (0, 1]")
+    return values
+
+
+def levels_of(windows, ranges):
+    """The attention windows [int] and regression ranges [(low, high)] of two texts, one a level.
+
+    Raises BadInput where they cannot be read or do not fit together."""
+    try:
+        sizes = [int(window) for window in windows.split(",")]
+        levels = [tuple(map(float, pair.split(":"))) for pair in ranges.split(",")]
+        sane = (0 <= min(sizes) and max(sizes) < 2 ** 31 and len(levels) <= 16
+                and all(low <= high for low, high in levels))
+    except ValueError:
+        sane = False
+    if not sane:
+        raise BadInput(
+            f"setting windows must be whole numbers with commas, not {shown(windows)}, and setting "
+            f"ranges low:high pairs with commas, not {shown(ranges)}, of at most 16 levels")
+    if len(sizes) == 1:
+        sizes = sizes * len(levels)
+    if len(sizes) != len(levels):
+        raise BadInput(f"settings windows and ranges give {len(sizes)} windows for {len(levels)} "
+                       "regression ranges: each level needs one of both")
+    return sizes, levels

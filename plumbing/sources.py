@@ -1,0 +1,250 @@
+"""Sources: which videos a data set has, which of them are taken, and where their features lie."""
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from plumbing import forms
+from plumbing.files import READERS
+from plumbing.settings import SPLITS
+from plumbing.toy import toy_videos
+from plumbing.words import BadInput, several, short, shown
+
+# Where a published dataset lies below --root, in the layout of the public ActionFormer.
+LAYOUTS = {
+    "thumos": ("annotations/thumos14.json", "i3d_features"),
+    "activitynet": ("annotations/anet1.3_i3d_filtered.json", "i3d_features"),
+    "epic-verb": ("annotations/epic_kitchens_100_verb.json", "features"),
+    "epic-noun": ("annotations/epic_kitchens_100_noun.json", "features"),
+}
+
+# Where the files are: a run that moves has them elsewhere.
+PLACES = (
+    "dataset", "root", "annotations", "features", "unlabelled_features", "split", "ext_scores")
+
+
+def whole_paths(given):
+    """Settings {name: value} with whole paths, so that they are found from anywhere."""
+    words = ("toy", *LAYOUTS, *SPLITS, "")
+    return {name: os.path.abspath(value) if name in PLACES and value not in words else value
+            for name, value in given.items()}
+
+
+@dataclass
+class Chosen:
+    """Which videos of a data set are taken, each part {id: Annotation}."""
+    path: str | Path  # of the annotation file
+    entries: dict  # all of the file
+    sources: dict  # {id: feature file, or array (T, D)}
+    annotated: dict = field(default_factory=dict)  # training videos that may be labelled
+    bare: dict = field(default_factory=dict)  # training videos without annotations
+    test: dict = field(default_factory=dict)
+    truth: dict = field(default_factory=dict)  # the test videos with annotations
+    ignored: list = field(default_factory=list)  # what was not taken, in words
+    warnings: list = field(default_factory=list)
+
+    def everything(self):
+        """All videos that are taken."""
+        return self.annotated | self.bare | self.test
+
+    def subset(self, name, flag):
+        """The entries of a subset; raises BadInput if there is none."""
+        found = forms.in_subset(self.entries, name)
+        if not found:
+            raise BadInput(f"annotation file {self.path} has no video of the subset {shown(name)} "
+                           f"({flag}), only of {forms.subsets_of(self.entries)}")
+        return found
+
+
+def locate(s):
+    """The annotation file and the feature folder of the settings.
+
+    Raises BadInput if a published dataset lacks one."""
+    if s.dataset not in LAYOUTS:
+        path = Path(s.annotations or s.dataset)
+        return path, Path(s.features or path.parent / "features")
+    path, folder = (Path(s.root, part) for part in LAYOUTS[s.dataset])
+    path = Path(s.annotations or path)
+    folder = Path(s.features or folder)
+    for file in (path, folder):
+        if not file.exists():
+            raise BadInput(
+                f"--dataset {s.dataset}: {file.name} is missing; expected are {path} and {folder}/"
+                f"{s.prefix}<id>{s.extension} (or --root, --annotations, --features); both are "
+                "ActionFormer's: github.com/happyharrycn/actionformer_release")
+    return path, folder
+
+
+def feature_file(folder, name, s):
+    """The feature file of a video id, which may name sub-folders; raises BadInput for a way out."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise BadInput(f"the video id {shown(name)} leads out of the feature folder {folder}")
+    return Path(folder, path.parent, f"{s.prefix}{path.name}{s.extension}")
+
+
+def feature_ids(folder, s):
+    """{id: file} of the feature files in a folder and its sub-folders."""
+    found = {}
+    for file in sorted(Path(folder).rglob(f"*{s.extension}")):
+        name = file.name.removesuffix(s.extension)
+        bare = name.removeprefix(s.prefix)
+        if bare and name.startswith(s.prefix):
+            found[file.relative_to(folder).with_name(bare).as_posix()] = file
+    return found
+
+
+def read_dataset(s):
+    """The Chosen of a data set, of which nothing is taken yet; raises BadInput."""
+    if s.dataset == "toy":
+        return Chosen("toy", *toy_videos(s.seed))
+    path, folder = locate(s)
+    entries = forms.read_annotations(path, s.ignore_labels)
+    return Chosen(path, entries, {name: feature_file(folder, name, s) for name in entries})
+
+
+def take_training(chosen, s):
+    """Take the training videos, annotated and bare; raises BadInput without an annotated.
+
+    Without any subset in the file all its videos are training videos."""
+    train = chosen.entries
+    if s.test_subset != "none" or any(a.subset for a in train.values()):
+        train = chosen.subset(s.train_subset, "--train-subset")
+    chosen.annotated = {name: a for name, a in train.items() if a.annotated}
+    if not chosen.annotated:
+        raise BadInput(f"annotation file {chosen.path}: no video of the subset {s.train_subset!r} "
+                       "has annotations")
+    if s.unlabelled_subset:
+        train = train | chosen.subset(s.unlabelled_subset, "--unlabelled-subset")
+    chosen.bare = {name: forms.unknown_video(a.duration, a.fps) for name, a in train.items()
+                   if name not in chosen.annotated}
+
+
+def take_files_without_entry(chosen, s):
+    """Take the feature files without an entry, or say that they are ignored.
+
+    Raises BadInput where --unlabelled-features has none."""
+    folder = s.unlabelled_features or locate(s)[1]
+    files = feature_ids(folder, s)
+    loose = {name: file for name, file in files.items() if name not in chosen.entries}
+    if s.unlabelled_features and not loose:
+        raise BadInput(f"--unlabelled-features {short(folder, 150)} holds no file {s.prefix}<id>"
+                       f"{s.extension} without an annotation entry")
+    if s.unlabelled_features:
+        rates = {a.fps for a in chosen.entries.values()}
+        fps = rates.pop() if len(rates) == 1 else None
+        chosen.sources |= loose
+        chosen.bare |= {name: forms.unknown_video(None, fps) for name in loose}
+    elif loose:
+        chosen.ignored.append(f"{len(loose)} feature files without an entry: {several(loose, 2)} "
+                              "(--unlabelled-features takes them)")
+
+
+def hint_at_files(folder, name):
+    """What the files of a folder are called that hold a missing one's id, in words; else ""."""
+    if not folder.is_dir():
+        return f"; there is no folder {short(folder, 100)}"
+    stem = Path(name).name
+    hints = []
+    for file in folder.iterdir():
+        bare = file.stem
+        hint = ""
+        if bare.startswith(stem):
+            hint = f"--extension {short(file.name[len(stem):])}"
+        elif bare.endswith(stem):
+            hint = f"--prefix {short(bare.removesuffix(stem))}"
+        elif stem.endswith(bare):
+            hint = f"the ids have the prefix {short(stem.removesuffix(bare))}, the files not"
+        if hint and file.suffix in READERS:
+            hints.append((max(len(bare), len(stem)), f"; there is {short(file.name)}: {hint}"))
+    return min(hints, default=(0, ""))[1]
+
+
+def drop_missing(chosen, s):
+    """Without the videos that have no feature file, if the settings allow it; raises BadInput."""
+    if s.dataset == "toy":  # its features lie in no files
+        return
+    taken = chosen.everything()
+    absent = [name for name in taken if not os.path.lexists(chosen.sources[name])]
+    if not absent:
+        return
+    first = chosen.sources[absent[0]]
+    if s.missing == "error" or len(absent) == len(taken):
+        raise BadInput(
+            f"video {short(absent[0])}: feature file not found: {short(first, 150)}"
+            f"{hint_at_files(first.parent, absent[0])}; of {len(taken)} videos {len(absent)} "
+            f"lack theirs: {several(absent)} (--missing skip leaves them out)")
+    for part in (chosen.annotated, chosen.bare, chosen.test):
+        for name in absent:
+            part.pop(name, None)
+    chosen.warnings.append(
+        f"{len(absent)} videos are left out, here and in the mAP: they have no feature file: "
+        f"{several(absent)}")
+
+
+def find_truth(chosen, s):
+    """Set the Chosen's annotated test videos; raises BadInput if they hold no instance."""
+    chosen.truth = {name: a for name, a in chosen.test.items() if a.annotated}
+    if chosen.truth and not any(a.labels for a in chosen.truth.values()):
+        raise BadInput(f"annotation file {chosen.path}: the subset {s.test_subset!r} holds no "
+                       "instance to evaluate on")
+    bare = len(chosen.test) - len(chosen.truth)
+    if bare:
+        chosen.warnings.append(f"{bare} of {len(chosen.test)} test videos have no annotations: "
+                               "they are predicted, but not in the mAP")
+
+
+def forget_classes(chosen, s):
+    """One class for all, where the settings say so; the truth has others for external scores."""
+    if s.one_class:
+        chosen.annotated = forms.as_one_class(chosen.annotated)
+        chosen.test = forms.as_one_class(chosen.test)
+    if s.one_class and not s.ext_scores:
+        chosen.truth = forms.as_one_class(chosen.truth)
+
+
+def choose_test_data(s):
+    """The Chosen of evaluation alone; raises BadInput."""
+    chosen = read_dataset(s)
+    chosen.test = chosen.subset(s.test_subset, "--subset")
+    drop_missing(chosen, s)
+    find_truth(chosen, s)
+    forget_classes(chosen, s)
+    return chosen
+
+
+def choose_training_data(s):
+    """The Chosen of training and of its test; raises BadInput."""
+    chosen = read_dataset(s)
+    trained = {s.train_subset.lower(), (s.unlabelled_subset or s.train_subset).lower()}
+    subsets = {a.subset.lower() for a in chosen.entries.values()}
+    if s.test_subset == "none" or subsets <= trained - {s.test_subset.lower()}:
+        chosen.warnings.append("there are no test videos, so no mAP")
+    else:
+        chosen.test = chosen.subset(s.test_subset, "--test-subset NAME, or none")
+    take_training(chosen, s)
+    overlap = (chosen.annotated | chosen.bare).keys() & chosen.test.keys()
+    if overlap:
+        chosen.warnings.append(f"{len(overlap)} test videos are training videos too: the mAP says "
+                               "nothing of new ones")
+    taken = chosen.everything()
+    other = {name: a for name, a in chosen.entries.items() if name not in taken}
+    if other:
+        chosen.ignored.append(f"{len(other)} entries of other subsets: {forms.subsets_of(other)}")
+    if s.dataset != "toy":
+        take_files_without_entry(chosen, s)
+    drop_missing(chosen, s)
+    find_truth(chosen, s)
+    forget_classes(chosen, s)
+    return chosen
+
+
+def feature_files(path):
+    """{name: file} of a feature file, or of all in a folder; raises BadInput if there is none."""
+    path = Path(path)
+    if not path.is_dir():
+        return {path.stem: path}
+    files = [file for file in sorted(path.rglob("*")) if file.suffix in READERS]
+    found = {file.relative_to(path).with_suffix("").as_posix(): file for file in files}
+    if len(found) < len(files) or not files:
+        raise BadInput(f"{path} must hold one feature file a video ({', '.join(READERS)})")
+    return found

@@ -1,0 +1,53 @@
+"""The split: which of the annotated training videos are labelled."""
+import math
+from itertools import compress
+from pathlib import Path
+
+import numpy as np
+
+from plumbing import forms
+from plumbing.settings import SPLITS
+from plumbing.words import BadInput
+
+
+def stratify(order, labels, count):
+    """`count` of the ids `order`, each time the one with the most classes not yet drawn.
+
+    labels: {id: set of classes}. When every class that is left has been drawn, a round begins."""
+    order = list(order)
+    chosen = []
+    covered = set()
+    while len(chosen) < count:
+        best = max(order, key=lambda name: len(labels[name] - covered))
+        if covered and not labels[best] - covered:
+            covered = set()
+            continue
+        order.remove(best)
+        chosen.append(best)
+        covered |= labels[best]
+    return chosen
+
+
+def split_videos(videos, ratio, split, seed):
+    """The labelled ids of the annotated training videos {id: Annotation}.
+
+    split   "uniform" draws round(ratio * n) at random, "stratified" as many, the classes in turn;
+            a file names them: our split.json, a JSON list, or one id a line (an id may carry the
+            prefix v_)
+    Raises BadInput if none is selected or one is unknown."""
+    if split not in SPLITS:
+        return forms.read_split(Path(split), videos)
+    names = sorted(videos)
+    count = round(ratio * len(names))
+    if not 0 < count <= len(names):
+        raise BadInput(f"--ratio {ratio} selects {count} of {len(names)} annotated training "
+                       "videos; it must select between 1 and all")
+    rng = np.random.default_rng([seed, 1])
+    order = [names[i] for i in rng.permutation(len(names))]
+    if split == "uniform":
+        return sorted(order[:count])
+    labels = {}
+    for name, a in videos.items():
+        good = forms.good_segments(a, a.duration or math.inf)
+        labels[name] = set(compress(a.labels, good))
+    return sorted(stratify(order, labels, count))
