@@ -73,8 +73,8 @@ def anything(x):
 
 
 def count(x):
-    """A whole number, not negative."""
-    return type(x) is int and x >= 0
+    """A whole number that a run can reach."""
+    return type(x) is int and 0 <= x < 1e12
 
 
 def number(x):
@@ -117,7 +117,16 @@ def sound_record(record, limits):
     if shapes != dict.fromkeys(record, (n,)) | {"segments": (n, 2)}:
         return False
     numbers = record | {"segments": record["segments"].abs()}
+    if not all(x.is_floating_point() for column, x in record.items() if column not in limits):
+        return False
     return all(are_below(numbers[column], limit) for column, limit in limits.items())
+
+
+def sound_rows(rows, stages):
+    """Rows of a log."""
+    return type(rows) is list and all(
+        row["stage"] in stages and count(row["epoch"]) and count(row.get("step", 0))
+        for row in rows)
 
 
 def state_form(part):
@@ -243,6 +252,8 @@ def check_run(content, expected, where):
     pattern |= {name: state_form(part) for name, part in expected.parts.items()}
     pattern |= dict.fromkeys(("settings", "stage", "fingerprint", "instances"), anything)
     pattern["rng"] = random_states if done else anything
+    pattern["rows"] = partial(sound_rows, stages=expected.settings.keys())
+    content.setdefault("rows", [])  # which an older file has not
     if records is not None:
         record = partial(sound_record, limits=expected.limits)
         pattern["pseudo"] = dict.fromkeys(mine["fingerprint"].keys() - mine["labelled"], record)

@@ -41,7 +41,7 @@ def save(run):
     if not is_first():
         return
     rng = checkpoints.states_of_generators(run.generator, s.device) if run.at.done else None
-    content = state_of(run) | {"rng": rng}
+    content = state_of(run) | {"rng": rng, "rows": run.folder.rows}
     files.write_atomically(path, lambda file: torch.save(content, file))
     if not run.folder.saved:
         run.folder.clear()
@@ -81,6 +81,8 @@ def restore(run, path, stages, limits):
     run.t_plus = dict(zip(run.t_plus, content["t_plus"].to(run.s.device)))
     for name in ("pseudo", "theta_h", "supervised_mAP", "rng"):
         setattr(run, name, content[name])
+    if run.s.resume:
+        run.folder.rows = content["rows"]
 
 
 def take_folder(run, stop, stages):

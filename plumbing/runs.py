@@ -180,13 +180,16 @@ class Folder:
         for name in RESULTS:
             (self.path / name).unlink(missing_ok=True)
         write_rows(self.path / "log.jsonl", self.rows)
+        self.rows = []
 
     def cut_log(self, at, stages):
-        """Of the log of a resumed run keep the rows up to its checkpoint's Progress `at`."""
+        """Of the log of a resumed run keep the rows up to its checkpoint's Progress `at`.
+
+        A run that was killed at its first save has them in the checkpoint alone."""
         path = self.path / "log.jsonl"
         reached = stages.index(at.stage), at.epoch + (at.done > 0), at.step
         write_rows(path, [
-            row for row in read_rows(path)
+            row for row in self.rows or read_rows(path)
             if (stages.index(row["stage"]), row["epoch"], row.get("step", 0)) <= reached])
 
     def log(self, at, **row):

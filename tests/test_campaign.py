@@ -47,7 +47,7 @@ MEMORY = 6 * 2 ** 30  # bytes of address space of a case
 LONGER = (  # than helpers.TINY: pseudo labels are made twice
     "--log-every", 1, "--theta-l", 0.0, "--refresh", 2, "--supervised-epochs", 3,
     "--supervised-steps", 6, "--joint-epochs", 3)
-STEPS, JOINT = 28, 16  # of such a run, and of those before stage 3
+STEPS, PRETRAINED, JOINT = 28, 10, 16  # of such a run, and those before stages 2 and 3
 
 
 def be_a_command(work, argument, folder):
@@ -748,7 +748,7 @@ def moments_of(number, count):
     """So many Moments of the run of a number, in order; of many the last is in its report."""
     draw = random.Random(number)
     found = []
-    steps = [*range(STEPS), *range(JOINT, STEPS)]  # stage 3 does more
+    steps = [*range(STEPS), *range(PRETRAINED, STEPS)]  # the later stages do more
     for at in sorted(draw.sample(steps, count)):
         how = draw.choice(5 * ["step"] + 2 * ["torch.save"] + ["move", "row"] + ["start"])
         number = draw.choice(8 * [signal.SIGKILL] + [signal.SIGTERM, signal.SIGINT])

@@ -24,7 +24,7 @@ import data
 import evaluate
 import icd
 import train
-from plumbing import checkpoints, journal, resume
+from plumbing import checkpoints, journal, resume, runs
 from plumbing.words import BadInput, complain
 from tests.helpers import (
     ROOT,
@@ -193,6 +193,9 @@ BAD_RUNS = [
     *each("", "not of this version", without("theta_h")),
     *each("", "", amid(processes="1"), amid(rng=None), amid(rng={}), amid(rng="abc"),
           amid(rng={"torch": torch.zeros(3, dtype=torch.uint8)})),
+    *each("done", "", 10 ** 30),
+    *each("rows", "", None, [None], [{"stage": "x", "epoch": 1}], [{"stage": "joint"}]),
+    ("pseudo * p_cls", torch.Tensor.cfloat, ""),
     *each("fingerprint", "", None),
     *each("instances", "", None),
     *each("pseudo", "", [], {"x": {}}),
@@ -638,3 +641,20 @@ def test_resume_takes_the_settings_from_the_run(own, capsys):
     refusal([*argv, "--channels", 32], capsys, "another configuration", "channels", "16", "32")
     refusal([*argv, "--out", own / "other"], capsys, "--out")
     refusal([*argv, "--overwrite"], capsys, "--overwrite")
+
+
+def test_a_run_killed_at_its_first_save_keeps_the_rows_of_its_log(original, tmp_path, monkeypatch):
+    argv = own_argv(original, *LOWEST, "--out", tmp_path / "run", "--log-every", 1)
+
+    def killed(folder):
+        raise SystemExit("between the checkpoint and the log")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(runs.Folder, "clear", killed)
+        train.main(argv)
+    logged = len(torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["rows"])
+    assert logged > 0
+    assert not (tmp_path / "run/log.jsonl").exists()
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    rows = read_log(tmp_path / "run")
+    assert [row["step"] for row in rows[:logged]] == list(range(1, logged + 1))
