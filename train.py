@@ -36,18 +36,7 @@ from acp import ACP
 from alqa import SCOPES, SOFT_LABELS, THRESHOLDS
 from data import gather, take
 from icd import REFINEMENTS, SCORES
-from plumbing import (
-    checkpoints,
-    checks,
-    files,
-    journal,
-    processes,
-    public,
-    resume,
-    runs,
-    settings,
-    sources,
-)
+from plumbing import checkpoints, checks, files, journal, processes, public, resume, runs, settings
 from plumbing.arguments import settings_of
 from plumbing.processes import process_count
 from plumbing.settings import (
@@ -196,7 +185,7 @@ class Settings(PretrainSettings, SupervisedSettings, JointSettings, settings.Run
     def preset(cls, dataset, paper=False):
         """What --dataset changes, and --paper."""
         preset = PRESETS.get(dataset, OWN)
-        if paper and dataset in sources.LAYOUTS:
+        if paper and dataset in PRESETS and dataset != "toy":  # published: it has its own scope
             return PAPER | preset
         return preset | (PAPER if paper else {})
 
@@ -247,8 +236,7 @@ PRESETS = {
     "epic-verb": EPIC,
     "epic-noun": EPIC | {"label_smoothing": 0.1},
 }
-PAPER = {  # what the paper states, and our reading of its Eq. (6), where our defaults are others;
-    # a published dataset keeps its own scope of theta_h
+PAPER = {  # what the paper states, and our reading of its Eq. (6), where our defaults are others
     "input_dropout": 0.0, "acp": "coarse+fine", "acp_after": "labelled+unlabelled",
     "icd_pool": "max", "icd_score": "absolute", "theta_drop": 0.3, "theta_mine": 0.7,
     "threshold": "mean+std", "scope": "video", "exclusive": False, "repeat": 1.0,
