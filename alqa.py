@@ -280,7 +280,9 @@ def group_of(records, scope):
 def select(detections, theta_l, threshold, theta_fixed, scope):
     """Part each video's detections into positives and candidates.
 
-    detections   {id: record} after Soft-NMS, with joint "scores"
+    1) theta_l drops, 2) Eq. (6) gives theta_h for what is left of a video, class or data set,
+    3) positive is s >= theta_h.
+    detections   {id: record} after Soft-NMS, which has lowered the joint "scores"
     threshold    one of THRESHOLDS; "fixed": theta_fixed is theta_h, the fixed case of Fig. 3(c),
                  and without quality branches the baseline of Tab. 3(a)
     scope        one of SCOPES; "frequency" goes by class

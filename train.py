@@ -122,7 +122,10 @@ class SupervisedSettings(settings.CheckedSettings):
 
 @dataclass(frozen=True)
 class JointSettings(settings.CheckedSettings):
-    """Pseudo labels and stage 3."""
+    """Pseudo labels and stage 3.
+
+    Tab. 3(a): --alqa none --icd none --acp none --threshold fixed is the baseline; without the
+    first and the last it is + ALQA, without --icd none + ICD, with --acp coarse+fine + ACP."""
     since = "joint"
     heading = "pseudo labels, stage 3"
     theta_l: Share("joint scores below are dropped, Eq. (6) [S]") = 0.15
