@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from alqa import joint_score
 from data import DataSettings, collate, load_item, place_video, take, test_data
-from model import Detector, DetectorSettings, soft_nms, tiou, vote
+from model import Detector, DetectorSettings, forward, soft_nms, tiou, vote
 from plumbing import checkpoints, checks, forms, settings
 from plumbing.arguments import evaluation_of
 from plumbing.files import sum_features, write_json
@@ -58,15 +58,6 @@ class DetectionSettings(DetectorSettings, DataSettings):
 
 
 # ---- Detection ----------------------------------------------------------------------------------
-
-def forward(network, batch, s):
-    """The network's output for a batch, on the device and in the precision of the settings.
-
-    network: a Detector, or its method pyramid() where the heads are not needed."""
-    kind = torch.device(s.device).type
-    with torch.autocast(kind, torch.bfloat16, enabled=s.precision == "bfloat16"):
-        return network(batch["feats"].to(s.device), batch["mask"].to(s.device))
-
 
 def best_pairs(scores, sizes, most):
     """The best (point, class) pairs of each level: scores (P, K) -> points (N,), labels (N,).
@@ -117,10 +108,9 @@ def suppress(outputs, s):
 def detect(detector, videos, data, s):
     """Detections of whole videos {id: record}, best joint score first, on the CPU.
 
-    O(T) memory, whatever the length of a video. Of many processes each takes its share of the
-    videos, and all get all detections. Keeps joint scores over s.min_score, the best s.pre_nms
-    (point, class) pairs of each level, segments longer than s.min_length, and after Soft-NMS
-    s.max_detections.
+    O(T) memory. Of many processes each takes its share of the videos, and all get all detections.
+    Keeps joint scores over s.min_score, the best s.pre_nms (point, class) pairs of each level,
+    segments longer than s.min_length, and after Soft-NMS s.max_detections.
     A record: "segments" (N, 2) in grid steps, "labels", "scores" (joint, after Soft-NMS), "p_cls",
     "p_tiou", "p_tnd"."""
     training = detector.training
@@ -130,7 +120,6 @@ def detect(detector, videos, data, s):
 
     def load(first):
         return collate([load_item(video, data, s) for video in order[first:first + s.batch]])
-
     found = {}
     for batch in prefetch(load, firsts):
         outputs = forward(detector, batch, s)
@@ -154,10 +143,9 @@ def with_seconds(record, video):
 def export(videos, records, columns, names):
     """Records {id: record} as lists of what happens, in seconds: {id: [{key: value}]}.
 
-    records  None gives {}
+    records  None gives {}; NaN in them becomes None
     columns  {key: column of a record}
-    names    {column: what its numbers are called}, the classes and what else has names
-    NaN becomes None."""
+    names    {column: what its numbers are called}, the classes and what else has names"""
     found = {}
     for video in videos if records else ():
         record = with_seconds(records[video.id], video)
@@ -193,8 +181,7 @@ def toolkits_tiou(a, b):
 def match(segments, truth, tious):
     """Which detections of a class in a video are true positives, at each threshold.
 
-    Each detection, best score first, takes the free instance of largest tIoU, if that reaches the
-    threshold.
+    Each, best score first, takes the free instance of largest tIoU, if it reaches the threshold.
     segments  (M, 2), best score first
     truth     (N, 2)
     ->        (thresholds, M) bool"""
@@ -280,8 +267,7 @@ def evaluate_detector(detector, data, s):
 def matched(record, video):
     """Which pseudo labels of a record match an instance of their class in a LabelledVideo.
 
-    At tIoU 0.5, one to one, the best score first.
-    -> (N,) bool"""
+    -> (N,) bool: at tIoU 0.5, one to one, the best score first"""
     right = torch.zeros(len(record["labels"])).bool()
     order = torch.argsort(record["scores"], descending=True, stable=True)
     for c in video.labels.unique():
@@ -393,34 +379,12 @@ def evaluate_predictions(args, changes, kind):
     return mean_average_precision(truth, predictions, tious), f"{args.pred}, subset {subset}"
 
 
-# The arguments of each mode; those that are no settings, with their type and help, are below.
-MODES = {
-    "new": ("checkpoint", "features", "out", "min_score", "duration", "fps", "stride", "frames",
-            "feature_key", "weights", "device"),
-    "test": ("checkpoint", "dataset", "root", "annotations", "features", "missing", "subset",
-             "ext_scores", "tiou", "weights", "device", "json"),
-    "predictions": ("pred", "gt", "subset", "ignore_labels", "tiou", "json"),
-}
-ARGUMENTS = {
-    "checkpoint": (str, "a run's folder, its checkpoint.pt or detector.pt"),
-    "features": (str, "a new video's feature file, or a folder of them: print what happens there; "
-                 "with --dataset, the feature folder of its test videos"),
-    "out": (str, "write what happens in new videos: .json, .csv, or for one video .srt"),
-    "min_score": (float, "least score of new videos' actions (default: 0.3)"),
-    "duration": (float, "seconds of a new video (default: what its features span)"),
-    "subset": (str, "test subset, in any letter case (default: the predictions', the run's)"),
-    "pred": (str, "predictions in ActivityNet's result format"),
-    "gt": (str, "ground truth in ActivityNet's annotation format"),
-    "json": (str, "write the metrics here as well"),
-}
-
-
 def main(argv=None, kind=DetectionSettings):
     """The command line; returns the exit code, 2 for bad input.
 
     kind: the class of a checkpoint's settings."""
     with guard() as stop:
-        args, changes, mode = evaluation_of(argv, kind, MODES, ARGUMENTS, __doc__.split("\n")[0])
+        args, changes, mode = evaluation_of(argv, kind, __doc__.split("\n")[0])
         if mode == "new":
             find_actions(Localizer(args.checkpoint, kind, **changes), args)
         else:

@@ -214,8 +214,8 @@ def local_attention(q, k, v, mask, heads, half):
     """Softmax attention of every step over the valid steps within `half` on either side.
 
     Queries are cut into blocks, each with its keys and a margin on both sides: O(T * half) time
-    and memory. A step always sees itself, so the rows of padding stay finite; they are masked by
-    the caller.
+    and memory. A step always sees itself, so that rows of padding, which the caller masks, are
+    finite.
     q, k, v  (B, T, C), mask (B, T)
     ->       (B, T, C)"""
     B, T, C = q.shape
@@ -248,7 +248,7 @@ class Attention(nn.Module):
     """Multi-head self-attention in a local window; its depth-wise convolutions may halve T.
 
     x     (B, T, C), mask (B, T / stride); padding is not attended to
-    ->    (B, T / stride, C), of which the rows of padding are masked by the caller"""
+    ->    (B, T / stride, C), rows of padding not masked"""
 
     def __init__(self, dim, heads, window, stride):
         super().__init__()
@@ -478,6 +478,15 @@ class Detector(nn.Module):
         cls_logits, offsets, p_tiou, p_tnd = (torch.cat(part, 1) for part in predicted)
         return Outputs(
             cls_logits, offsets, p_tiou, p_tnd, torch.cat(masks, 1), self.points(T), levels, masks)
+
+
+def forward(network, batch, s):
+    """The network's output for a batch, on the device and in the precision of the settings.
+
+    network: a Detector, or its method pyramid() where the heads are not needed."""
+    kind = torch.device(s.device).type
+    with torch.autocast(kind, torch.bfloat16, enabled=s.precision == "bfloat16"):
+        return network(batch["feats"].to(s.device), batch["mask"].to(s.device))
 
 
 # ---- Targets, decoding, suppression -------------------------------------------------------------

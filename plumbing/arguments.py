@@ -39,6 +39,30 @@ def settings_of(argv, kind):
     return kind(**given)
 
 
+# ---- Evaluation ---------------------------------------------------------------------------------
+
+# The arguments of each mode of evaluate.py; below, those that are no settings: type and help.
+MODES = {
+    "new": ("checkpoint", "features", "out", "min_score", "duration", "fps", "stride", "frames",
+            "feature_key", "weights", "device"),
+    "test": ("checkpoint", "dataset", "root", "annotations", "features", "missing", "subset",
+             "ext_scores", "tiou", "weights", "device", "json"),
+    "predictions": ("pred", "gt", "subset", "ignore_labels", "tiou", "json"),
+}
+ARGUMENTS = {
+    "checkpoint": (str, "a run's folder, its checkpoint.pt or detector.pt"),
+    "features": (str, "a new video's feature file, or a folder of them: print what happens there; "
+                 "with --dataset, the feature folder of its test videos"),
+    "out": (str, "write what happens in new videos: .json, .csv, or for one video .srt"),
+    "min_score": (float, "least score of new videos' actions (default: 0.3)"),
+    "duration": (float, "seconds of a new video (default: what its features span)"),
+    "subset": (str, "test subset, in any letter case (default: the predictions', the run's)"),
+    "pred": (str, "predictions in ActivityNet's result format"),
+    "gt": (str, "ground truth in ActivityNet's annotation format"),
+    "json": (str, "write the metrics here as well"),
+}
+
+
 def mode_of(args, moved):
     """Which mode of evaluation the arguments ask for.
 
@@ -48,22 +72,20 @@ def mode_of(args, moved):
     return "new" if args.features and not any(vars(args)[name] for name in moved) else "test"
 
 
-def evaluation_of(argv, kind, modes, own, description):
-    """(the arguments, those of them that are settings, the mode); raises BadInput.
+def evaluation_of(argv, kind, description):
+    """(the arguments, those of them that are settings, which of MODES); raises BadInput.
 
-    kind   the class of the settings
-    modes  {"new", "test", "predictions": the names of the arguments that go together}
-    own    {name: (type, help)} of those that are no settings"""
-    names = dict.fromkeys(name for mode in modes.values() for name in mode)
-    parser = settings.parser_of(names, kind, own, description)
+    kind  the class of the settings"""
+    names = dict.fromkeys(name for mode in MODES.values() for name in mode)
+    parser = settings.parser_of(names, kind, ARGUMENTS, description)
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if value is not None}
     if bool(args.checkpoint) == bool(args.pred) or bool(args.pred) != bool(args.gt):
         parser.error("give either --checkpoint, or --pred and --gt")
     mode = mode_of(args, ("dataset", "annotations", "root"))
-    other = [settings.flag(name) for name in sorted(given) if name not in modes[mode]]
+    other = [settings.flag(name) for name in sorted(given) if name not in MODES[mode]]
     if other:
         parser.error(f"{', '.join(other)} cannot go with what else is given")
     if not 0 <= given.get("min_score", 0) <= 1:
         parser.error(f"--min-score must be from 0 to 1, not {args.min_score}")
-    return args, {name: value for name, value in given.items() if name not in own}, mode
+    return args, {name: value for name, value in given.items() if name not in ARGUMENTS}, mode
