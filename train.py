@@ -701,7 +701,8 @@ def launch(s):
     run = begin(s, dataset)
     checks.check_positives(run.detector, dataset, s)
     if s.resume or s.start:
-        limits = {"labels": len(dataset.classes), "status": len(icd.STATUS)}
+        limits = dict.fromkeys(PSEUDO_LABEL.values()) | {
+            "labels": len(dataset.classes), "status": len(icd.STATUS)}
         path = run.folder.path / "checkpoint.pt" if s.resume else s.start
         resume.restore(run, path, STAGES, limits)
     return run

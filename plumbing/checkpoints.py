@@ -99,27 +99,26 @@ def row_of_numbers(x):
 
 def random_states(x):
     """States that generators take; else torch raises an exception."""
+    if type(x) is not dict:
+        return False
     for key in ("torch", "run"):
         torch.Generator().set_state(x[key])
     return True
 
 
-def are_below(x, limit):
-    """Numbers that are not negative, and below a limit: whole, or real where it is None."""
-    real = limit is None
-    return x.is_floating_point() == real and ((x >= 0) & (x < (1e12 if real else limit))).all()
-
-
 def sound_record(record, limits):
-    """A record of columns of one length whose numbers are below their limits."""
+    """A record of these columns, of one length: whole numbers below their limit, or real ones."""
+    if type(record) is not dict or record.keys() != limits.keys():
+        return False
     n = len(record["labels"])
-    shapes = {column: x.shape for column, x in record.items()}
-    if shapes != dict.fromkeys(record, (n,)) | {"segments": (n, 2)}:
-        return False
-    numbers = record | {"segments": record["segments"].abs()}
-    if not all(x.is_floating_point() for column, x in record.items() if column not in limits):
-        return False
-    return all(are_below(numbers[column], limit) for column, limit in limits.items())
+    for column, limit in limits.items():
+        x = record[column]
+        finite = x.isfinite().all() or column == "similarity"  # NaN: to no labelled instance
+        sound = finite if limit is None else (x >= 0).all() and (x < limit).all()
+        shape = (n, 2) if column == "segments" else (n,)
+        if not sound or x.shape != shape or x.is_floating_point() != (limit is None):
+            return False
+    return bool((record["scores"] >= 0).all())
 
 
 def sound_rows(rows, stages):
@@ -246,6 +245,7 @@ def check_run(content, expected, where):
     stage, processes, done, records = map(content.get, ("stage", "processes", "done", "pseudo"))
     check_settings(content["settings"], stage, expected, where)
     check_data(content, expected, where)
+    fits(done, count, f"{where}, done")
     if processes != process_count() and (done or not s.start):
         raise BadInput(f"{where} is of {shown(processes)} process(es), not {process_count()}")
     pattern = {name: PATTERNS.get(type(value), value) for name, value in mine.items()}

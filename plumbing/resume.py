@@ -62,12 +62,11 @@ def expected_of(run, stages, limits):
     """What a run asks of a checkpoint to go on from, a checkpoints.Expected.
 
     stages  the names of all stages in their order
-    limits  {column of the pseudo labels: what its numbers stay below}"""
+    limits  {column of the pseudo labels: what its numbers stay below, None: they are real}"""
     known = {stage: settings_of_stages(type(run.s), stages[:n])
              for n, stage in enumerate(stages, 1)}
     return checkpoints.Expected(
-        run.s, known, FORMER, TUNED, state_of(run), run.parts(),
-        limits | {"segments": None, "scores": None})
+        run.s, known, FORMER, TUNED, state_of(run), run.parts(), limits)
 
 
 def restore(run, path, stages, limits):

@@ -292,11 +292,11 @@ def plain_features(path):
 def fits(a, b):
     """Whether content `a` of a checkpoint might stand for `b`: another number, text or bool, more.
 
-    Tensors must be the same bit for bit."""
+    A tensor of the same form that is finite where b is: nobody sees that two have changed places."""
     kinds = {type(a), type(b)}
     if kinds == {torch.Tensor}:
-        forms = [(x.dtype, x.device, x.layout) for x in (a, b)]
-        return forms[0] == forms[1] and torch.equal(a, b)
+        forms = [(x.dtype, x.device, x.layout, x.shape) for x in (a, b)]
+        return forms[0] == forms[1] and torch.equal(a.isfinite(), b.isfinite())
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() >= b.keys() and all(fits(a[key], b[key]) for key in b)
     if kinds in ({list}, {tuple}):
@@ -502,7 +502,10 @@ def checkpoint_case(base):
         part = {root: content.pop(root)}
         spoil(part, (*VALUES, TENSORS))
         content |= part
-        seen = not fits(content, original)
+        optional = ("theta_h", "supervised_mAP", "rows")  # None, or not there in an older file
+        given = {key: value for key, value in original.items()
+                 if key not in optional or content.get(key) is not None}
+        seen = not fits(content, given)
         by_all = ("settings", "classes", "mean", "std", "labelled", "detector", "ema")
         modes = ["check", "evaluate"] if root in by_all else ["check", "check", "go on"]
     mode = choice(modes)

@@ -193,7 +193,10 @@ BAD_RUNS = [
     *each("", "not of this version", without("theta_h")),
     *each("", "", amid(processes="1"), amid(rng=None), amid(rng={}), amid(rng="abc"),
           amid(rng={"torch": torch.zeros(3, dtype=torch.uint8)})),
-    *each("done", "", 10 ** 30),
+    *each("done", "", 10 ** 30, torch.zeros(3)),
+    *each("", "", amid(rng=torch.zeros(9, dtype=torch.uint8))),
+    ("pseudo *", without("p_cls"), ""),
+    ("pseudo *", torch.zeros(2, 2), ""),
     *each("rows", "", None, [None], [{"stage": "x", "epoch": 1}], [{"stage": "joint"}]),
     ("pseudo * p_cls", torch.Tensor.cfloat, ""),
     *each("fingerprint", "", None),
@@ -228,7 +231,8 @@ def going_on(original):
     for argv in (["--resume", out], own_argv(original, *LOWEST, *start)):
         s = settings(*argv)
         run = train.begin(s, data.training_data(s))
-        limits = {"labels": len(run.data.classes), "status": len(icd.STATUS)}
+        limits = dict.fromkeys(train.PSEUDO_LABEL.values()) | {
+            "labels": len(run.data.classes), "status": len(icd.STATUS)}
         expected.append(resume.expected_of(run, train.STAGES, limits))
     return expected
 
