@@ -292,7 +292,7 @@ def plain_features(path):
 def fits(a, b):
     """Whether content `a` of a checkpoint might stand for `b`: another number, text or bool, more.
 
-    A tensor of the same form that is finite where b is: nobody sees that two have changed places."""
+    A tensor of the same form, finite where b is: nobody sees that two have changed places."""
     kinds = {type(a), type(b)}
     if kinds == {torch.Tensor}:
         forms = [(x.dtype, x.device, x.layout, x.shape) for x in (a, b)]
