@@ -191,6 +191,7 @@ class Folder:
         write_rows(path, [
             row for row in self.rows or read_rows(path)
             if (stages.index(row["stage"]), row["epoch"], row.get("step", 0)) <= reached])
+        self.rows = []
 
     def log(self, at, **row):
         """A row of log.jsonl."""

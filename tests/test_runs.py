@@ -662,3 +662,5 @@ def test_a_run_killed_at_its_first_save_keeps_the_rows_of_its_log(original, tmp_
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     rows = read_log(tmp_path / "run")
     assert [row["step"] for row in rows[:logged]] == list(range(1, logged + 1))
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert read_log(tmp_path / "run") == rows
