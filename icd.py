@@ -110,10 +110,13 @@ class Discriminator(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def products(self, a, b):
-        """W_a a with the bias, and W_b b: a (N, D), b (M, D) -> (N, hidden), (M, hidden)."""
-        W_a, W_b = self.W_1.weight.chunk(2, 1)
-        return F.linear(a, W_a, self.W_1.bias), F.linear(b, W_b)
+    def first(self, a):
+        """W_a a with the bias: (N, D) -> (N, hidden)."""
+        return F.linear(a, self.W_1.weight.chunk(2, 1)[0], self.W_1.bias)
+
+    def second(self, b):
+        """W_b b: (M, D) -> (M, hidden)."""
+        return F.linear(b, self.W_1.weight.chunk(2, 1)[1])
 
     def logit(self, W_a_a, W_b_b):
         """The logit of D of products that are broadcast, (..., hidden) -> (...)."""
@@ -121,7 +124,7 @@ class Discriminator(nn.Module):
         return self.W_2(hidden)[..., 0]
 
     def forward(self, a, b):
-        return self.logit(*self.products(a, b))
+        return self.logit(self.first(a), self.second(b))
 
     def mean(self, W_a_a, W_b_b):
         """The mean of D over the pairs of each of N products with all of M -> (N,); NaN of none."""
@@ -156,6 +159,12 @@ def icd_loss(D, bank, batch, number, generator):
 
 
 @torch.no_grad()
+def second_of(D, bank):
+    """W_b b of the labelled instances; the bank may hold it, computed once for many videos."""
+    return bank["W_b_f"] if "W_b_f" in bank else D.second(bank["feats"])
+
+
+@torch.no_grad()
 def similarity(D, f, labels, bank):
     """Eq. (10): s_i = 1 / |F_c| * sum_{f_j in F_c} D(f_i, f_j).
 
@@ -164,7 +173,7 @@ def similarity(D, f, labels, bank):
     labels  (N,)
     ->      (N,); NaN where the class has no labelled instance"""
     s = f.new_zeros(len(f))
-    W_a_f, W_b_f = D.products(f, bank["feats"])
+    W_a_f, W_b_f = D.first(f), second_of(D, bank)
     for c in labels.unique():
         i = labels == c
         F_c = bank["labels"] == c
@@ -183,7 +192,7 @@ def own_minus_other(D, f, labels, bank):
     other class."""
     own = f.new_full((len(f),), torch.nan)
     other = f.new_zeros(len(f))
-    W_a_f, W_b_f = D.products(f, bank["feats"])
+    W_a_f, W_b_f = D.first(f), second_of(D, bank)
     for c in bank["labels"].unique():
         s_c = D.mean(W_a_f, W_b_f[bank["labels"] == c])
         i = labels == c

@@ -25,18 +25,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from plumbing import settings
 from plumbing.processes import draws_of_batch, in_autocast, length_unit
-from plumbing.settings import (
-    Blocks,
-    CheckedSettings,
-    Finite,
-    Flag,
-    OneOf,
-    ShareBelow1,
-    Text,
-    Width,
-    levels_of,
-)
+from plumbing.settings import Blocks, Finite, Flag, OneOf, ShareBelow1, Text, Width
 from plumbing.words import BadInput
 
 # The localization quality branches of Tab. 3(b); none = plain ActionFormer.
@@ -46,7 +37,7 @@ BRANCHES = ("none", "tiou", "diou", "tiou+tnd")
 # ---- Settings -----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class DetectorSettings(CheckedSettings):
+class DetectorSettings(settings.CheckedSettings):
     """The network's shape and start. [S] the paper, [A] the public ActionFormer, [J] neither."""
     since = "pretrain"
     heading = "the detector"
@@ -82,7 +73,7 @@ class DetectorSettings(CheckedSettings):
 
     def levels(self):
         """The attention windows [int] and regression ranges [(low, high)], one of each a level."""
-        return levels_of(self.windows, self.ranges)
+        return settings.levels_of(self.windows, self.ranges)
 
 
 # ---- Segments: one tIoU and one tND for all -----------------------------------------------------

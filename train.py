@@ -520,11 +520,12 @@ def compare(run, selected):
     """ICD compares detections {id: record} with the labelled instances of their class."""
     s = run.s
     run.discriminator.eval()
+    bank = run.bank | {"W_b_f": icd.second_of(run.discriminator, run.bank)}
     compared = {}
     for video in processes.share_of(run.data.unlabelled):
         feats = data.load_item(video, run.data, s)["feats"].to(s.device)
         compared[video.id] = icd.compare(
-            selected[video.id], run.discriminator, run.bank, feats, s.icd_pool, s.icd_score)
+            selected[video.id], run.discriminator, bank, feats, s.icd_pool, s.icd_score)
     compared = processes.dict_of_all(compared)
     return {name: compared[name] for name in selected}
 

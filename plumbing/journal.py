@@ -1,5 +1,7 @@
 """The journal: what a run writes and prints about itself. `run` is a train.Run."""
 import math
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -58,8 +60,9 @@ def show_step(run, parts):
     """A step on the console, and every s.log_every steps in log.jsonl; parts: of its loss."""
     at, pace = run.at, run.pace
     run.steps.append({key: torch.as_tensor(value).detach() for key, value in parts.items()})
-    _, steps, _ = run.plan[at.stage]
-    runs.show_bar(at.stage, at.done, steps, pace.time_left(at.step))
+    if runs.is_terminal():
+        _, steps, _ = run.plan[at.stage]
+        runs.show_bar(at.stage, at.done, steps, pace.time_left(at.step))
     if at.step % run.s.log_every == 0 or at.step == pace.total:
         values = {key: float(value) for key, value in run.steps[-1].items()}
         run.folder.log(at, **pace.row(at.step), **values)
@@ -81,9 +84,13 @@ def show_epoch(run):
 
 def run_extra(run, name):
     """Let an extra write what it makes of the run: as a command, since nothing imports it."""
+    if not is_first():
+        return
+    folder = run.folder.path
+    command = [sys.executable, "-m", f"extras.{name}", str(folder.resolve())]
     root = Path(__file__).parent.parent
-    if is_first() and not runs.run_extra(name, run.folder.path, root):
-        note(run, f"python -m extras.{name} {run.folder.path} failed; it says why")
+    if subprocess.run(command, cwd=root, capture_output=True, check=False).returncode:
+        note(run, f"python -m extras.{name} {folder} failed; it says why")
 
 
 def report(run, results):

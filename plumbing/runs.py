@@ -3,7 +3,6 @@ import fcntl
 import math
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -242,12 +241,11 @@ def is_terminal():
 
 
 def show_bar(stage, done, steps, left):
-    """A bar of an epoch's steps, where a terminal shows it; left: words at its end."""
-    if is_terminal():
-        filled = 30 * done // steps
-        bar = "#" * filled + "." * (30 - filled)
-        sys.stdout.write(f"\r{stage:<10} [{bar}] {done}/{steps}  {left} ")
-        sys.stdout.flush()
+    """A bar of an epoch's steps on a terminal; left: words at its end."""
+    filled = 30 * done // steps
+    bar = "#" * filled + "." * (30 - filled)
+    sys.stdout.write(f"\r{stage:<10} [{bar}] {done}/{steps}  {left} ")
+    sys.stdout.flush()
 
 
 def show_line(line):
@@ -256,11 +254,3 @@ def show_line(line):
         sys.stdout.write("\r")
         line = f"{line:<80}"
     say(line)
-
-
-def run_extra(name, folder, root):
-    """Start an extra as a command, since nothing imports it -> whether it went well.
-
-    root  where extras/ lies"""
-    command = [sys.executable, "-m", f"extras.{name}", str(folder.resolve())]
-    return subprocess.run(command, cwd=root, capture_output=True, check=False).returncode == 0
