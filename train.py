@@ -19,8 +19,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# torch reads it when it is imported. On a machine with other work, threads that spin while they
-# wait make a step 10 times slower; on a quiet one this costs nothing.
+# torch reads it at its import: on a busy machine threads that spin make a step 10 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -34,11 +33,9 @@ import icd
 import model
 from acp import ACP
 from alqa import SCOPES, SOFT_LABELS, THRESHOLDS
-from data import gather, take
 from icd import REFINEMENTS, SCORES
 from plumbing import checkpoints, checks, files, journal, processes, public, resume, runs, settings
 from plumbing.arguments import settings_of
-from plumbing.processes import process_count
 from plumbing.settings import (
     AtLeast1,
     Count,
@@ -69,8 +66,7 @@ class PretrainSettings(evaluate.DetectionSettings):
     heading = "ACP and the optimisers"
     acp: OneOf(ACP, "contrasts of Eq. (11) [S]; none leaves stage 1 out") = "coarse+fine"
     acp_steps: Width("steps m drawn from a video [J]") = 40
-    acp_clusters: Width(
-        "clusters of the fine contrast in a batch [S: 4 THUMOS14, 2 ActivityNet]") = 4
+    acp_clusters: Width("fine clusters of a batch [S: 4 THUMOS14, 2 ActivityNet]") = 4
     acp_restarts: Width("restarts of K-means [J]") = 10
     acp_tau: Positive("temperature tau [J]") = 0.1
     pretrain_epochs: CountOrNone("stage 1 [S]") = 15
@@ -92,12 +88,9 @@ class SupervisedSettings(settings.CheckedSettings):
     heading = "the losses, stage 2"
     quality_form: OneOf(("bce", "kl"), "loss of Eq. (3) [S]") = "bce"
     soft_label: OneOf(
-        SOFT_LABELS, "tIoU and tND of the soft label Y: of the regressed segments, or the "
-        "branches' [J]") = "computed"
+        SOFT_LABELS, "tIoU, tND of Y: of the regressed segments, or the branches' [J]") = "computed"
     beta: AtLeast1("focusing exponent of Eq. (5), whose gradient is infinite below 1 [J]") = 2.0
-    label_smoothing: Share(
-        "of the targets of the focal loss without quality branches; those of Eq. (5) are soft "
-        "already [A]") = 0.0
+    label_smoothing: Share("focal loss without quality branches; Eq. (5) is soft [A]") = 0.0
     focal_alpha: NotNegative("focal loss without quality branches [A]") = 0.25
     focal_gamma: NotNegative("focal loss without quality branches [A]") = 2.0
     lambda_reg: NotNegative("weight of L_diou [S: 1 THUMOS14, 2 ActivityNet, as [62]]") = 1.0
@@ -105,15 +98,11 @@ class SupervisedSettings(settings.CheckedSettings):
     lambda_acp: NotNegative("weight of L_acp [S]") = 0.1
     radius: Positive("centre sampling, in strides [A]") = 1.5
     t_plus_momentum: Share("momentum of T+ [A]") = 0.9
-    mixup: NotNegative(
-        "MixUp of a batch's labelled videos (Table 1): alpha of Beta(alpha, "
-        "alpha) [J]; 0: none") = 0.0
-    acp_after: OneOf(
-        ("none", "labelled", "labelled+unlabelled"),
-        "where L_acp goes on after pre-training (Tab. S4) [S]") = "labelled+unlabelled"
-    icd_score: OneOf(
-        SCORES, "similarity to the class [S]; relative: less that to the next best, for thresholds "
-        "around 0 (-0.2 and 0.2) [J]") = "absolute"
+    mixup: NotNegative("MixUp's alpha, of labelled videos (Table 1); 0: none [J]") = 0.0
+    acp_after: OneOf(("none", "labelled", "labelled+unlabelled"),
+                     "where L_acp goes on after stage 1 (Tab. S4) [S]") = "labelled+unlabelled"
+    icd_score: OneOf(SCORES, "similarity to the class [S]; relative: less that to the next best, "
+                     "for thresholds around 0 (-0.2 and 0.2) [J]") = "absolute"
     icd_pairs: Width("instances of the same class and of others, Eq. (7) [S]") = 10
     icd_pool: OneOf(("max", "mean"), "pooling over time [S: max]") = "max"
     supervised_epochs: Count("stage 2, warm-up included [J]") = 35
@@ -133,24 +122,18 @@ class JointSettings(settings.CheckedSettings):
     theta_fixed: Share("theta_h of the fixed threshold [S]") = 0.3
     scope: OneOf(SCOPES, "what theta_h's statistics are over [J]") = "video"
     repeat: Share(
-        "tIoU with a better pseudo label of the class, over which one is a repeat and removed; "
-        "1: none [J]") = 0.5
+        "tIoU to a better one of the class, over which one is removed; 1: none [J]") = 0.5
     exclusive: Flag(
-        "one of another class is a repeat too, if no labelled instances of two classes overlap "
-        "so [J]") = False
+        "to one of any class, if no labelled instances of two classes overlap so [J]") = False
     rerank: Flag(
-        "rerank by the spread of overlapping boundaries, reconstructed from NPL [53] (Table 1) "
-        "[J]") = False
-    icd: OneOf(
-        REFINEMENTS, "drop ambiguous positives (eap), mine potential ones (mpp) [S]") = "eap+mpp"
+        "rerank by how far boundaries scatter, reconstructed from NPL [53] (Table 1) [J]") = False
+    icd: OneOf(REFINEMENTS, "eap: drop ambiguous positives, mpp: mine candidates [S]") = "eap+mpp"
     theta_drop: Similarity("positives of a smaller similarity are dropped [S]") = 0.3
     theta_mine: Similarity("candidates of a larger similarity are mined [S]") = 0.7
-    rejected: OneOf(
-        ("masked", "background"), "detected and rejected instances in stage 3 [J]") = "masked"
+    rejected: OneOf(("masked", "background"), "what ALQA or ICD rejects [J]") = "masked"
     lambda_u: NotNegative("weight of L_unsup [S]") = 2.0
     joint_epochs: CountOrNone("stage 3 [S: 40 THUMOS14, 15 ActivityNet]") = 40
-    refresh: CountOrNone(
-        "epochs after which pseudo labels are made anew; 0: once, after stage 2 [J]") = 0
+    refresh: CountOrNone("epochs between new pseudo labels; 0: made once [J]") = 0
     pseudo_weights: OneOf(("raw", "ema"), "weights that make pseudo labels [J]") = "raw"
 
 
@@ -159,10 +142,10 @@ class Settings(PretrainSettings, SupervisedSettings, JointSettings, settings.Run
     """All settings."""
     since = "run"
     heading = "the run"
-    stage: OneOf(
-        ("all", "pretrain", "supervised"),
-        "last stage; supervised: ActF* of Table 1 with --alqa none --acp none") = "all"
+    stage: OneOf(("all", "pretrain", "supervised"), "the last [supervised: ActF* of Table 1 with "
+                 "--alqa none --acp none]") = "all"
 
+    preset = staticmethod(data.preset)  # what --dataset and --paper change
     TITLE = "APL, adaptive pseudo-label learning."
     TRAIN, EVALUATE = "python train.py", "python evaluate.py"  # this detector's commands
     FIRST = ("dataset", "features", "unlabelled_features", "stride", "frames", "fps", "ratio",
@@ -170,27 +153,15 @@ class Settings(PretrainSettings, SupervisedSettings, JointSettings, settings.Run
 
     def __post_init__(self):
         super().__post_init__()
-        if self.mixup and self.acp != "none" and self.acp_after != "none":
-            raise BadInput("setting mixup leaves no video whose steps have one class each: "
-                           "it needs acp or acp_after none")
-        if self.mixup and self.batch % 2:
-            raise BadInput("setting mixup pairs the videos of a batch: "
-                           f"setting batch must be even, but is {self.batch}")
+        if self.mixup and (self.batch % 2 or "none" not in (self.acp, self.acp_after)):
+            raise BadInput("setting mixup pairs the videos of a batch, whose steps have two "
+                           "classes then: batch must be even, acp or acp_after none")
         if self.icd_score == "absolute" and self.theta_drop < 0:
             raise BadInput(f"setting theta_drop, {self.theta_drop:g}, drops nothing of absolute "
-                           "similarities, which are not negative: the paper has --theta-drop 0.3 "
-                           "--theta-mine 0.7")
+                           "similarities, which are not negative (--theta-drop 0.3 is the paper's)")
         if self.rerank and self.repeat == 1:
             raise BadInput("setting rerank looks at detections whose tIoU is over the setting "
                            "repeat, which must be below 1")
-
-    @classmethod
-    def preset(cls, dataset, paper=False):
-        """What --dataset changes, and --paper."""
-        preset = PRESETS.get(dataset, OWN)
-        if paper and dataset in PRESETS and dataset != "toy":  # published: it has its own scope
-            return PAPER | preset
-        return preset | (PAPER if paper else {})
 
     def losses(self, outputs, instances, num_classes):
         """The losses of a batch's points; here, so that another detector may have others."""
@@ -202,48 +173,6 @@ class Settings(PretrainSettings, SupervisedSettings, JointSettings, settings.Run
         segments, labels = video.segments.to(self.device), video.labels.to(self.device)
         return model.assign_targets(
             points, [segments], [labels], num_classes, self.radius)[0].any()
-
-
-# What a dataset changes in the settings: as the public ActionFormer or the paper has it, OWN as we
-# found it best. The command line changes these in turn.
-PUBLISHED = {"bad_segments": "skip", "standardize": False}
-THUMOS = PUBLISHED | {
-    "root": "data/thumos", "stride": 4.0, "frames": 16.0,
-    "train_subset": "validation", "test_subset": "test",
-}
-ACTIVITYNET = PUBLISHED | {
-    "root": "data/anet_1.3", "prefix": "v_", "stride": 16.0, "frames": 16.0, "fps": 25.0,
-    "resize": 192, "channels": 256, "windows": "7,7,7,7,7,0", "position": True,
-    "t_plus": 200.0, "lambda_reg": 2.0, "label_smoothing": 0.1, "min_length": 0.001,
-    "nms_sigma": 0.75, "nms_agnostic": True, "vote": 0.9, "max_detections": 100,
-    "tiou": "0.5:0.95:0.05", "batch": 16, "lr": 1e-3, "supervised_epochs": 15, "warmup": 1 / 3,
-    "acp_clusters": 2, "joint_epochs": 15, "scope": "dataset",
-}
-EPIC = PUBLISHED | {
-    "root": "data/epic_kitchens", "extension": ".npz", "stride": 16.0, "frames": 32.0, "fps": 30.0,
-    "windows": "9", "ranges": "0:4,2:8,4:16,8:32,16:64,32:inf", "t_plus": 250.0,
-    "nms_sigma": 0.4, "pre_nms": 5000, "max_detections": 2000, "tiou": "0.1:0.5:0.1",
-    "crop_keep": 0.3, "supervised_epochs": 21, "warmup": 0.238,  # 5 of 21 epochs
-}
-OWN = {  # a user's own data; bfloat16 saves nothing in narrow layers
-    "channels": 128, "windows": "9", "precision": "float32", "input_dropout": 0.3,
-    "lr": 1e-3, "supervised_steps": 400, "joint_epochs": 10,
-    "acp": "none", "acp_after": "none",  # its gain goes from 5 points up to 5 down
-    "icd_pool": "mean", "icd_score": "relative", "theta_drop": -0.2, "theta_mine": 0.2,
-    "threshold": "mean-std", "scope": "class", "exclusive": True,
-}
-PRESETS = {
-    "toy": OWN | {"channels": 64, "joint_epochs": 20, "acp": "coarse+fine"},  # all three stages
-    "thumos": THUMOS,
-    "activitynet": ACTIVITYNET,
-    "epic-verb": EPIC,
-    "epic-noun": EPIC | {"label_smoothing": 0.1},
-}
-PAPER = {  # what the paper states, and our reading of its Eq. (6), where our defaults are others
-    "input_dropout": 0.0, "acp": "coarse+fine", "acp_after": "labelled+unlabelled",
-    "icd_pool": "max", "icd_score": "absolute", "theta_drop": 0.3, "theta_mine": 0.7,
-    "threshold": "mean+std", "scope": "video", "exclusive": False, "repeat": 1.0,
-}
 
 
 # ---- Eq. (12) -----------------------------------------------------------------------------------
@@ -265,12 +194,6 @@ def objective(sup, unsup, s):
     if unsup is None:
         return L(sup)
     return L(sup) + s.lambda_u * L(unsup)
-
-
-def ground_truth(batch):
-    """The instances of a labelled batch, B records {"segments", "labels", "rejected"}."""
-    return [{"segments": segments, "labels": labels, "rejected": segments[:0]}
-            for segments, labels in zip(batch["segments"], batch["labels"])]
 
 
 def teaches(record):
@@ -300,19 +223,6 @@ def pseudo_truth(run, batch):
     return instances
 
 
-def mixed(batch, alpha):
-    """MixUp (Zhang et al. 2017) of each video with the one opposite in the batch, for Table 1.
-
-    lam * x + (1 - lam) * x', lam ~ Beta(alpha, alpha). The losses are mixed alike, which for
-    cross-entropy is to mix the targets. Under torchrun partners come from the process's own share
-    of the batch.
-    -> the batch, lam"""
-    lam = float(torch.distributions.Beta(alpha, alpha).sample())
-    feats, mask = batch["feats"], batch["mask"]
-    feats = lam * feats + (1 - lam) * feats.flip(0)
-    return batch | {"feats": feats, "mask": mask | mask.flip(0)}, lam
-
-
 def batch_losses(run, batch, instances, kind):
     """The terms of L_x of a batch: what objective() takes, and "positives", how many points are.
 
@@ -321,7 +231,7 @@ def batch_losses(run, batch, instances, kind):
     s, K = run.s, len(run.data.classes)
     lam = 1.0
     if s.mixup and kind == "labelled":
-        batch, lam = mixed(batch, s.mixup)
+        batch, lam = data.mixed(batch, s.mixup)
     outputs = evaluate.forward(run.detector, batch, s)
     total = sum(x.detach().sum() for x in outputs.predictions())
     journal.check_finite(run, "output", total, batch["id"])
@@ -382,7 +292,7 @@ def make_optimizer(detector, s):
 def plan_of(s, dataset):
     """{stage: (epochs, steps of an epoch, cost of a step)} of the stages that are asked for."""
     labelled, unlabelled = len(dataset.labelled), len(dataset.unlabelled)
-    batch = s.batch * process_count()
+    batch = s.batch * processes.process_count()
     least = math.ceil(s.supervised_steps / s.supervised_epochs)
     plan = {
         "pretrain": (s.pretrain_epochs, math.ceil((labelled + unlabelled) / batch), 1),
@@ -417,11 +327,9 @@ def begin(s, dataset):
 # ---- One step -----------------------------------------------------------------------------------
 
 def learning_rate(s, step, total):
-    """The learning rate at a step of a stage of `total` steps."""
+    """The learning rate at a step of a stage of `total`: linear warm-up, then cosine decay."""
     warm = max(s.warmup * total, 1)
-    # 1) linear warm-up
-    linear = (step + 1) / warm
-    # 2) cosine decay to 0 after it
+    linear = (step + 1) / warm  # up to 1
     done = max(step - warm, 0) / max(total - warm, 1)
     cosine = 0.5 * (1 + math.cos(math.pi * done))
     return s.lr * min(linear, cosine)
@@ -458,7 +366,7 @@ def advance(run, loss, parts, ids):
         raise runs.Stopped
 
 
-# ---- Stage 1 ------------------------------------------------------------------------------------
+# ---- Stages 1 and 2 -----------------------------------------------------------------------------
 
 def batches_of(run, videos, rng):
     """The batches of an epoch that are still to do, drawn from some videos; None without any."""
@@ -479,8 +387,6 @@ def pretrain(run, rng):
         advance(run, L_acp, {}, batch["ids"])
 
 
-# ---- Stage 2 ------------------------------------------------------------------------------------
-
 def train_icd(run, batch):
     """One step of ICD's own optimiser on all instances of a batch's videos; returns the loss.
 
@@ -496,7 +402,7 @@ def train_icd(run, batch):
 def supervised(run, rng):
     """An epoch of stage 2: the detector on labelled videos, ICD beside it."""
     for batch in batches_of(run, run.data.labelled, rng):
-        sup = batch_losses(run, batch, ground_truth(batch), "labelled")
+        sup = batch_losses(run, batch, data.ground_truth(batch), "labelled")
         L_icd = train_icd(run, batch)
         advance(run, objective(sup, None, run.s), sup | {"icd": L_icd}, batch["ids"])
 
@@ -516,7 +422,7 @@ def detect_unlabelled(run):
     return detections
 
 
-def compare(run, selected):
+def compare_with_labelled(run, selected):
     """ICD compares detections {id: record} with the labelled instances of their class."""
     s = run.s
     run.discriminator.eval()
@@ -530,54 +436,50 @@ def compare(run, selected):
     return {name: compared[name] for name in selected}
 
 
-def counts_of(run):
-    """How many pseudo labels there are of each of icd.STATUS."""
-    return gather(run.pseudo, "status").long().bincount(minlength=len(icd.STATUS)).tolist()
+def report_pseudo_labels(run, best=None):
+    """Log how many pseudo labels of each kind there are, and with --audit how good those that
+    teach; print it where they are new, and warn where none teaches.
 
-
-def log_pseudo_labels(run):
-    """How many pseudo labels of each kind there are, and with --audit how good those that teach."""
-    taught = {name: take(record, teaches(record)) for name, record in run.pseudo.items()}
-    kept, dropped, mined, candidates = counts_of(run)
+    best  the best score of what they were made of; None: they are not new"""
+    kept, dropped, mined, candidates = counts = [
+        int((data.gather(run.pseudo, "status") == i).sum()) for i in range(len(icd.STATUS))]
+    taught = {name: data.take(record, teaches(record)) for name, record in run.pseudo.items()}
     judged = {name: taught[name] for name in run.data.hidden}
     quality = evaluate.pseudo_label_quality(judged, run.data.hidden) if run.s.audit else {}
     run.folder.log(
         run.at, positives=kept + dropped, candidates=mined + candidates, dropped=dropped,
         mined=mined, theta_h=run.theta_h,
         silent=sum(len(r["labels"]) == 0 for r in taught.values()), **quality)
-
-
-def show_pseudo_labels(run, detections):
-    """A line about the pseudo labels made of detections, and a warning where none teaches."""
-    counts = [f"{n} {state}" for n, state in zip(counts_of(run), icd.STATUS)]
+    if best is None:
+        return
     theta_h = "-" if run.theta_h is None else f"{run.theta_h:.3f}"
-    if not any(teaches(record).any() for record in run.pseudo.values()):
-        best = max(gather(detections, "scores").tolist(), default=0)
-        journal.note(
-            run, f"no pseudo label: the best score is {best:.3f}, theta_l {run.s.theta_l}, "
-                 f"theta_h {run.theta_h}; stage 3 learns from the labelled videos alone")
-    say(f"pseudo labels: {', '.join(counts)}; theta_h {theta_h} on average")
+    if not kept + mined:
+        journal.note(run, f"no pseudo label: the best score is {best:.3f}, theta_l {run.s.theta_l},"
+                     f" theta_h {theta_h}; stage 3 learns from the labelled videos alone")
+    states = ", ".join(map("{} {}".format, counts, icd.STATUS))
+    say(f"pseudo labels: {states}; theta_h {theta_h} on average")
 
 
 def joint(run, rng):
     """An epoch of stage 3, Fig. 1: detect on unlabelled videos, ALQA selects, ICD compares and
     refines; labelled videos and pseudo labels teach. Nothing is made anew amid an epoch."""
     s, at = run.s, run.at
+    best = None
     if not at.done and (run.pseudo is None or s.refresh and at.epoch % s.refresh == 0):
         detections = detect_unlabelled(run)
         selected, bounds = alqa.select(
             detections, s.theta_l, s.threshold, s.theta_fixed, s.scope)
-        compared = compare(run, selected)
+        compared = compare_with_labelled(run, selected)
         run.pseudo = {name: icd.refine(record, s.theta_drop, s.theta_mine, s.icd)
                       for name, record in compared.items()}
         run.theta_h = float(np.mean(bounds)) if bounds else None
-        show_pseudo_labels(run, detections)
+        best = max(data.gather(detections, "scores").tolist(), default=0)
     if not at.done:
-        log_pseudo_labels(run)
+        report_pseudo_labels(run, best)
     taught = [video for video in run.data.unlabelled if teaches(run.pseudo[video.id]).any()]
     labelled = batches_of(run, run.data.labelled, rng)
     for batch, pseudo_batch in zip(labelled, batches_of(run, taught, rng)):
-        sup = batch_losses(run, batch, ground_truth(batch), "labelled")
+        sup = batch_losses(run, batch, data.ground_truth(batch), "labelled")
         unsup, parts, ids = None, sup, batch["ids"]
         if pseudo_batch:
             truth = pseudo_truth(run, pseudo_batch)
@@ -643,14 +545,8 @@ def end_stage(run):
 
 
 PSEUDO_LABEL = {  # what pseudo_labels.json says of each: by key, the column of icd.refine()
-    "label": "labels",
-    "segment": "segments",
-    "score": "scores",
-    "class_score": "p_cls",
-    "tIoU": "p_tiou",
-    "tND": "p_tnd",
-    "similarity": "similarity",
-    "status": "status",
+    "label": "labels", "segment": "segments", "score": "scores", "class_score": "p_cls",
+    "tIoU": "p_tiou", "tND": "p_tnd", "similarity": "similarity", "status": "status",
 }
 
 
@@ -690,9 +586,7 @@ def train(run):
 # ---- The command line ---------------------------------------------------------------------------
 
 def launch(s):
-    """The Run that the settings ask for: new, resumed, or begun at stage 2 or 3; raises BadInput.
-
-    The first process says what it has taken, and makes its folder."""
+    """The Run that the settings ask for, new, resumed or begun at another's; raises BadInput."""
     if not s.check:
         runs.check_folder(s)
     dataset = data.training_data(s)
@@ -710,9 +604,7 @@ def launch(s):
 
 
 def main(argv=None, kind=Settings):
-    """The command line; returns the exit code.
-
-    kind: the class of the settings, which build the detector."""
+    """The command line -> the exit code; kind: the class of the settings, which build all."""
     with runs.guard("; nothing was saved yet") as stop:
         s = settings_of(argv, kind)
         processes.join_processes(s.device)

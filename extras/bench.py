@@ -228,7 +228,7 @@ def step_row(device, precision, T, repeat):
         batch = next(data.training_batches(run.data.labelled, run.data, run.s, 1, rng))
 
         def one_step():
-            sup = train.batch_losses(run, batch, train.ground_truth(batch), "labelled")
+            sup = train.batch_losses(run, batch, data.ground_truth(batch), "labelled")
             train.train_icd(run, batch)
             train.advance(run, train.objective(sup, None, run.s), {}, batch["ids"])
 

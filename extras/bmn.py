@@ -411,7 +411,7 @@ def batch_losses(outputs, instances, s):
 
 # ---- Settings -----------------------------------------------------------------------------------
 
-PRESET = {  # beside those of train.PRESETS
+PRESET = {  # beside those of data.PRESETS
     "theta_l": 0.02,  # a product of five numbers below 1 is small
     "min_score": 1e-4,
     "nms_sigma": 0.4,

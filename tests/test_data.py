@@ -44,7 +44,7 @@ def test_datasets_open_with_their_presets(own):
     a = settings("--dataset", "activitynet", "--lr", 0.5)
     found = (a.resize, a.nms_sigma, a.lambda_reg, a.scope, a.lr)
     assert found == (192, 0.75, 2, "dataset", 0.5)
-    for name in [*train.PRESETS, "x.json"]:
+    for name in [*data.PRESETS, "x.json"]:
         detector = model.Detector(8, 2, settings("--dataset", name))
         assert detector.ranges.shape == (6, 2)
 

@@ -214,7 +214,7 @@ def test_paper_takes_back_what_toy_and_own_data_change_of_the_method():
     own = settings("--dataset", "own.json")
     paper = settings("--dataset", "own.json", "--paper")
     changed = {f.name for f in fields(paper) if getattr(paper, f.name) != getattr(own, f.name)}
-    assert changed == set(train.PAPER)
+    assert changed == set(data.PAPER)
     published = train.Settings(repeat=1.0)  # 1: no removal of repeats, which is ours
     assert all(getattr(paper, name) == getattr(published, name) for name in changed)
     assert settings("--paper", "--icd-pool", "mean").icd_pool == "mean"

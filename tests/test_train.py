@@ -82,7 +82,7 @@ def batch_of(run, videos):
 
 def labelled_losses(run, batch):
     """The losses of a labelled batch."""
-    return train.batch_losses(run, batch, train.ground_truth(batch), "labelled")
+    return train.batch_losses(run, batch, data.ground_truth(batch), "labelled")
 
 
 def unlabelled_losses(run, batch):
@@ -143,7 +143,7 @@ def test_rejected_instances_are_masked_or_background(run):
 
 def test_mixup_mixes_the_input_and_the_losses(run):
     batch = batch_of(run, run.data.labelled[:2])
-    mixed, lam = train.mixed(batch, 0.4)
+    mixed, lam = data.mixed(batch, 0.4)
     first, second = batch["feats"]
     assert 0 <= lam <= 1
     assert torch.allclose(mixed["feats"][0], lam * first + (1 - lam) * second)
@@ -151,11 +151,11 @@ def test_mixup_mixes_the_input_and_the_losses(run):
 
     run.detector.eval()
     run.s = settings(*own_argv(run.folder.path.parent, "--mixup", 0.4, "--acp", "none"))
-    truth = train.ground_truth(batch)
+    truth = data.ground_truth(batch)
     torch.manual_seed(0)
     together = labelled_losses(run, batch)
     torch.manual_seed(0)
-    mixed, lam = train.mixed(batch, 0.4)
+    mixed, lam = data.mixed(batch, 0.4)
     outputs = evaluate.forward(run.detector, mixed, run.s)
     K = len(run.data.classes)
     first = alqa.point_losses(outputs, truth, K, run.s)
