@@ -20,8 +20,8 @@ def sample_steps(lengths, m, generator):
     A video of fewer than m steps gives some of them more than once.
     lengths  (B,) integers, on the CPU
     ->       (B, m) integers"""
-    part = torch.arange(m) + draws_of_batch((len(lengths), m), generator=generator)
-    steps = (lengths[:, None].double() * part / m).long()
+    at = torch.arange(m) + draws_of_batch((len(lengths), m), generator=generator)  # in parts
+    steps = (lengths[:, None].double() * at / m).long()
     return torch.minimum(steps, lengths[:, None] - 1)
 
 
@@ -142,19 +142,19 @@ def info_nce(z, labels, tau):
 
     e(i, j) = exp(z_i.z_j / tau), P_i shares i's label (without i), N_i does not. Anchors without a
     positive or a negative are skipped; with none left the loss is 0.
-    z       (N, C), normalised here
-    labels  (N,); a step of label -1 is left out
+    z       (n, C), normalised here
+    labels  (n,); a step of label -1 is left out
     ->      scalar"""
     known = labels >= 0
     z, labels = F.normalize(z[known].float(), dim=-1), labels[known]
     sim = z @ z.T / tau
-    same = labels[:, None] == labels
-    P = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-    anchors = P.any(1) & ~same.all(1)
+    N = labels[:, None] != labels
+    P = ~N & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    anchors = P.any(1) & N.any(1)
     if not anchors.any():
         return z.sum() * 0  # 0, of which backward() gives gradients of 0
-    sim, P, same = sim[anchors], P[anchors], same[anchors]
-    log_negatives = sim.masked_fill(same, -torch.inf).logsumexp(1, keepdim=True)
+    sim, P, N = sim[anchors], P[anchors], N[anchors]
+    log_negatives = sim.masked_fill(~N, -torch.inf).logsumexp(1, keepdim=True)
     log_ratio = sim - torch.logaddexp(sim, log_negatives)
     L_i = -(log_ratio * P).sum(1) / P.sum(1)
     return L_i.mean()
@@ -165,7 +165,7 @@ def acp_loss(pyramid, feats, instances, num_classes, s, generator):
 
     The steps are drawn first, so that the pyramid is upsampled only there.
     Coarse contrasts the steps within each video, fine those of all videos. Where many processes
-    share a batch, each computes the same loss, with gradient into its own videos.
+    share a batch (rows_of_all), each computes the same loss, with gradient into its own videos.
     pyramid    (levels, masks), as model.Detector has them
     feats      (B, T, D), the input features
     instances  None in pre-training, else B records, ground truth or pseudo labels

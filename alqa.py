@@ -103,14 +103,13 @@ def classification_loss(cls_logits, p_tiou, p_tnd, Y, beta, eps):
 
     P is the joint score of Eq. (4), in logs, so that one near 0 keeps its gradient. The paper says
     focal loss with soft labels; this form, the quality focal loss [24], is not given there but has
-    its minimum at P = Y, which focal loss with soft targets has not, and Eq. (6) needs a
-    calibrated P.
+    its minimum at P = Y, which focal loss with soft targets has not. Y is soft_label()'s.
     cls_logits, Y  (..., K)
     p_tiou, p_tnd  (...)
     ->             (...)"""
     reliability = (p_tiou - p_tnd).clamp(min=eps)[..., None]
-    log_P = F.logsigmoid(cls_logits) + reliability.log()
-    log_1_minus_P = torch.log(-torch.expm1(log_P.clamp(max=-1e-7)))  # log_P kept below 0
+    log_P = F.logsigmoid(cls_logits) + reliability.log()  # Eq. (4)
+    log_1_minus_P = torch.log(-torch.expm1(log_P.clamp(max=-1e-7)))  # P = 1 would give log 0
     P = log_P.exp()
     BCE = -(Y * log_P + (1 - Y) * log_1_minus_P)
     L_cls = ((Y - P).abs() ** beta * BCE).sum(-1)
@@ -151,7 +150,7 @@ def theta_h(scores, stds):
     The form of the sum, the population std and >= are not given in the paper: with two instances
     the unbiased std never selects one.
     scores  (N,), the joint scores s over theta_l of a video, or of what else the scope is
-    stds    1; 0 or -1 leave the std out or take it off (not in the paper)
+    stds    1; 0 or -1 leave the std out or take it off (not in the paper; -1 for own data)
     ->      scalar"""
     s = scores.double()
     theta_h = s.mean() + stds * s.std(correction=0)
@@ -267,7 +266,7 @@ def point_losses(outputs, instances, num_classes, s):
 
 def group_of(records, scope):
     """What each detection shares theta_h with: {id: record} -> (N,) numbers 0, 1, ..."""
-    shared = gather(records, "labels")
+    shared = gather(records, "labels")  # of the scope "class"
     if scope == "video":
         counts = torch.tensor([len(r["labels"]) for r in records.values()]).long()
         shared = torch.repeat_interleave(counts)  # 0, 0, ... 1, 1, ...
@@ -292,16 +291,16 @@ def select(detections, theta_l, threshold, theta_fixed, scope):
     scores = gather(left, "scores").double()
     group = group_of(left, "class" if threshold == "frequency" else scope)
     groups = [group == number for number in group.unique()]
-    parts = [scores[members] for members in groups]
+    scores_of = [scores[members] for members in groups]
     if threshold == "fixed":
-        bounds = [theta_fixed] * len(parts)
+        thetas = [theta_fixed] * len(groups)
     elif threshold == "frequency":
-        bounds = frequency_thresholds(parts, theta_fixed)
+        thetas = frequency_thresholds(scores_of, theta_fixed)
     else:
-        bounds = [float(theta_h(part, STDS[threshold])) for part in parts]
+        thetas = [float(theta_h(s, STDS[threshold])) for s in scores_of]
     positive = torch.zeros(len(scores)).bool()
-    for members, bound in zip(groups, bounds):
-        positive[members] = scores[members] >= bound
-    parts = positive.split([len(r["scores"]) for r in left.values()])
-    selected = {name: left[name] | {"positive": part} for name, part in zip(left, parts)}
-    return selected, bounds
+    for members, theta in zip(groups, thetas):
+        positive[members] = scores[members] >= theta
+    by_video = positive.split([len(r["scores"]) for r in left.values()])
+    selected = {name: left[name] | {"positive": part} for name, part in zip(left, by_video)}
+    return selected, thetas

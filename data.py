@@ -55,8 +55,8 @@ class DataSettings(FileSettings):
         "resize every video to this number of steps; 0: keep its length [A: 192 ActivityNet]") = 0
     standardize: Flag("standardise the input over all training videos [J]") = True
     ratio: Share(
-        "share of the annotated training videos that are labelled [S: 0.1, 0.2, 0.4, 0.6]; 0: "
-        "0.1, or all of them where other training videos have no annotations") = 0.0
+        "share of the annotated training videos that are labelled [S: 0.1, 0.2, 0.4, 0.6]; 0: all "
+        "of own data or where others have no annotations, 0.1 otherwise and with --split") = 0.0
     seed: Whole("seed of everything: split, weights, batches, toy data") = 0
     max_steps: WholePositive("longest crop in training, in steps [A]") = 2304
     crop_min: Share("shortest crop, as a share of the video [A]") = 0.9
@@ -281,7 +281,8 @@ def training_data(s):
     everything = chosen.everything()
     train = chosen.annotated | chosen.bare
     classes = forms.class_names(everything.values())
-    ratio = s.ratio or (1.0 if chosen.bare else 0.1)
+    every = not s.split and (chosen.bare or s.dataset not in PRESETS)
+    ratio = s.ratio or (1.0 if every else 0.1)
     names = split_videos(chosen.annotated, ratio, s.split, s.seed)
     videos, sums = open_videos(chosen, s)
 

@@ -181,17 +181,19 @@ def toolkits_tiou(a, b):
 def match(segments, truth, tious):
     """Which detections of a class in a video are true positives, at each threshold.
 
-    Each, best score first, takes the free instance of largest tIoU, if it reaches the threshold.
+    Each, best score first, takes the free instance of largest tIoU, of equals the one that numpy
+    sorts last (the toolkit's), if it reaches the threshold.
     segments  (M, 2), best score first
     truth     (N, 2)
     ->        (thresholds, M) bool"""
     overlap = toolkits_tiou(segments[:, None], truth)  # (M, N)
     free = np.ones((len(tious), len(truth)), dtype=bool)
     tp = np.zeros((len(tious), len(segments)), dtype=bool)
-    reaching = overlap.max(1, initial=0) >= tious.min()  # few do, and only these need the loop
+    reaching = (overlap >= tious.min()).sum(1)  # few do, and only these need the loop
     for i in np.nonzero(reaching)[0]:
-        open_to = free & (overlap[i] >= tious[:, None])  # (thresholds, N)
-        best = np.where(open_to, overlap[i], -1).argmax(1)
+        near = overlap[i].argsort()[:-reaching[i] - 1:-1]
+        open_to = free[:, near] & (overlap[i, near] >= tious[:, None])  # (thresholds, near)
+        best = near[open_to.argmax(1)]
         tp[:, i] = open_to.any(1)
         free[tp[:, i], best[tp[:, i]]] = False
     return tp
@@ -380,9 +382,7 @@ def evaluate_predictions(args, changes, kind):
 
 
 def main(argv=None, kind=DetectionSettings):
-    """The command line; returns the exit code, 2 for bad input.
-
-    kind: the class of a checkpoint's settings."""
+    """The command line -> the exit code; kind: the class of a checkpoint's settings."""
     with guard() as stop:
         args, changes, mode = evaluation_of(argv, kind, __doc__.split("\n")[0])
         if mode == "new":

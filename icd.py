@@ -127,9 +127,15 @@ class Discriminator(nn.Module):
         return self.logit(self.first(a), self.second(b))
 
     def mean(self, W_a_a, W_b_b):
-        """The mean of D over the pairs of each of N products with all of M -> (N,); NaN of none."""
+        """mean_j D(a_i, b_j) of W_a a (N, hidden) and W_b b (M, hidden) -> (N,); NaN if M is 0."""
         parts = W_a_a.split(64)  # not all N * M pairs at once; of none: one empty part
         return torch.cat([self.logit(x[:, None], W_b_b).sigmoid().mean(1) for x in parts])
+
+
+@torch.no_grad()
+def second_of(D, bank):
+    """W_b b of the labelled instances; the bank may hold it, computed once for many videos."""
+    return bank["W_b_f"] if "W_b_f" in bank else D.second(bank["feats"])
 
 
 def pair_loss(D, f, pairs, target):
@@ -159,12 +165,6 @@ def icd_loss(D, bank, batch, number, generator):
 
 
 @torch.no_grad()
-def second_of(D, bank):
-    """W_b b of the labelled instances; the bank may hold it, computed once for many videos."""
-    return bank["W_b_f"] if "W_b_f" in bank else D.second(bank["feats"])
-
-
-@torch.no_grad()
 def similarity(D, f, labels, bank):
     """Eq. (10): s_i = 1 / |F_c| * sum_{f_j in F_c} D(f_i, f_j).
 
@@ -176,8 +176,8 @@ def similarity(D, f, labels, bank):
     W_a_f, W_b_f = D.first(f), second_of(D, bank)
     for c in labels.unique():
         i = labels == c
-        F_c = bank["labels"] == c
-        s[i] = D.mean(W_a_f[i], W_b_f[F_c])
+        j = bank["labels"] == c  # f_j in F_c
+        s[i] = D.mean(W_a_f[i], W_b_f[j])
     return s
 
 

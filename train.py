@@ -113,8 +113,9 @@ class SupervisedSettings(settings.CheckedSettings):
 class JointSettings(settings.CheckedSettings):
     """Pseudo labels and stage 3.
 
-    Tab. 3(a): --alqa none --icd none --acp none --threshold fixed is the baseline; without the
-    first and the last it is + ALQA, without --icd none + ICD, with --acp coarse+fine + ACP."""
+    Tab. 3(a): baseline --alqa none --icd none --acp none --threshold fixed; + ALQA --icd none
+    --acp none; + ICD --acp none; + ACP --acp coarse+fine; all with --paper for toy and own data.
+    """
     since = "joint"
     heading = "pseudo labels, stage 3"
     theta_l: Share("joint scores below are dropped, Eq. (6) [S]") = 0.15
@@ -159,6 +160,8 @@ class Settings(PretrainSettings, SupervisedSettings, JointSettings, settings.Run
         if self.icd_score == "absolute" and self.theta_drop < 0:
             raise BadInput(f"setting theta_drop, {self.theta_drop:g}, drops nothing of absolute "
                            "similarities, which are not negative (--theta-drop 0.3 is the paper's)")
+        if self.stage == "pretrain" and self.acp == "none":
+            raise BadInput("setting stage pretrain trains nothing where the setting acp is none")
         if self.rerank and self.repeat == 1:
             raise BadInput("setting rerank looks at detections whose tIoU is over the setting "
                            "repeat, which must be below 1")
@@ -182,14 +185,14 @@ def objective(sup, unsup, s):
 
     L_x = 1 / T+ * sum_t [ L_cls + 1(t positive) * (lambda_reg * L_diou + lambda_quality *
     L_quality) ] + lambda_acp * L_acp.
-    T+ is the running mean of the number of positive points, as ActionFormer has it (the paper: of
-    the frames inside actions); each kind of videos has its own, which batch_losses() updates.
-    sup, unsup  {"cls", "reg", "quality" (sums over points), "t_plus", "acp"}; unsup is None in
-                stage 2, and where no video has a pseudo label
+    T+ is the running mean, from s.t_plus on, of the number of positive points (the paper: of frames
+    inside actions), as in ActionFormer; batch_losses() updates that of each kind of videos.
+    sup, unsup  {"cls", "reg", "quality" (sums over points, the last two over positive ones),
+                "t_plus", "acp"}; unsup is None in stage 2, and where no video has a pseudo label
     ->          scalar"""
     def L(x):
-        points = x["cls"] + s.lambda_reg * x["reg"] + s.lambda_quality * x["quality"]
-        return points / x["t_plus"] + s.lambda_acp * x["acp"]
+        sum_t = x["cls"] + s.lambda_reg * x["reg"] + s.lambda_quality * x["quality"]
+        return sum_t / x["t_plus"] + s.lambda_acp * x["acp"]
 
     if unsup is None:
         return L(sup)
@@ -237,7 +240,7 @@ def batch_losses(run, batch, instances, kind):
     journal.check_finite(run, "output", total, batch["id"])
     instances = [{key: value.to(s.device) for key, value in r.items()} for r in instances]
     losses = s.losses(outputs, instances, K)
-    if lam < 1:
+    if lam < 1:  # MixUp, Table 1
         opposite = s.losses(outputs, instances[::-1], K)
         losses = {key: lam * losses[key] + (1 - lam) * opposite[key] for key in losses}
     positives = losses["positives"].float().clamp(min=1)
@@ -300,7 +303,7 @@ def plan_of(s, dataset):
         "joint": (s.joint_epochs, math.ceil(unlabelled / batch), 2),  # a batch of either kind
     }
     first = int(s.acp == "none")
-    last = {"pretrain": 1, "supervised": 2, "all": 3}[s.stage]
+    last = {"pretrain": 1, "supervised": 2, "all": 3 if unlabelled else 2}[s.stage]
     return {stage: plan[stage] for stage in STAGES[first:last]}
 
 
@@ -390,7 +393,7 @@ def pretrain(run, rng):
 def train_icd(run, batch):
     """One step of ICD's own optimiser on all instances of a batch's videos; returns the loss.
 
-    Crops do not matter here. Small: every process does it all."""
+    Every process does it all; with --icd none D refines nothing."""
     mine = [i for i, name in enumerate(run.bank["videos"]) if name in batch["ids"]]
     L_icd = icd.icd_loss(run.discriminator, run.bank, mine, run.s.icd_pairs, run.generator)
     run.icd_optimizer.zero_grad()
@@ -463,22 +466,22 @@ def report_pseudo_labels(run, best=None):
 def joint(run, rng):
     """An epoch of stage 3, Fig. 1: detect on unlabelled videos, ALQA selects, ICD compares and
     refines; labelled videos and pseudo labels teach. Nothing is made anew amid an epoch."""
-    s, at = run.s, run.at
-    best = None
-    if not at.done and (run.pseudo is None or s.refresh and at.epoch % s.refresh == 0):
+    s, at, best = run.s, run.at, None
+    fresh = not at.done  # an epoch from its start, not resumed amid it
+    if fresh and (run.pseudo is None or s.refresh and at.epoch % s.refresh == 0):
         detections = detect_unlabelled(run)
-        selected, bounds = alqa.select(
+        selected, thetas = alqa.select(
             detections, s.theta_l, s.threshold, s.theta_fixed, s.scope)
         compared = compare_with_labelled(run, selected)
         run.pseudo = {name: icd.refine(record, s.theta_drop, s.theta_mine, s.icd)
                       for name, record in compared.items()}
-        run.theta_h = float(np.mean(bounds)) if bounds else None
+        run.theta_h = float(np.mean(thetas)) if thetas else None
         best = max(data.gather(detections, "scores").tolist(), default=0)
-    if not at.done:
+    if fresh:
         report_pseudo_labels(run, best)
-    taught = [video for video in run.data.unlabelled if teaches(run.pseudo[video.id]).any()]
+    teaching = [video for video in run.data.unlabelled if teaches(run.pseudo[video.id]).any()]
     labelled = batches_of(run, run.data.labelled, rng)
-    for batch, pseudo_batch in zip(labelled, batches_of(run, taught, rng)):
+    for batch, pseudo_batch in zip(labelled, batches_of(run, teaching, rng)):
         sup = batch_losses(run, batch, data.ground_truth(batch), "labelled")
         unsup, parts, ids = None, sup, batch["ids"]
         if pseudo_batch:
@@ -504,8 +507,7 @@ def begin_stage(run, stage):
 def begin_epoch(run):
     """Begin an epoch -> its numpy generator.
 
-    Every epoch draws from generators seeded by (seed, stage, epoch) alone, so a resumed run goes
-    on exactly as it would have; some of its steps may be done already."""
+    Seeded by (seed, stage, epoch) alone: a resumed run goes on exactly as it would have."""
     at = run.at
     seeds = np.random.SeedSequence(
         [run.s.seed, SEED_OF_STAGE + STAGES.index(at.stage), at.epoch])
@@ -538,7 +540,7 @@ def end_stage(run):
     s = run.s
     if run.at.stage == "pretrain" and s.page:
         journal.run_extra(run, "fig4")
-    if run.at.stage == "supervised" and s.stage == "all" and run.data.truth:
+    if run.at.stage == "supervised" and "joint" in run.plan and run.data.truth:
         detector = run.ema if s.weights == "ema" else run.detector
         metrics, _ = evaluate.evaluate_detector(detector, run.data, s)
         run.supervised_mAP = metrics["average_mAP"]
@@ -592,7 +594,6 @@ def launch(s):
     dataset = data.training_data(s)
     say(checks.describe(dataset, s))
     warn(dataset.warnings)
-    checks.check_unlabelled(dataset, s)
     run = begin(s, dataset)
     checks.check_positives(run.detector, dataset, s)
     if s.resume or s.start:

@@ -6,7 +6,7 @@ import torch
 
 from plumbing import forms
 from plumbing.processes import process_count
-from plumbing.words import BadInput, several, short, shown, warn
+from plumbing.words import BadInput, several, short, shown
 
 
 def check_width(name, file, sums, dim):
@@ -130,6 +130,11 @@ def look(dataset, videos, annotations, path, s):
     yield from check_spans(videos, annotations, s, dataset.dim)
     yield from check_labelled(dataset.labelled, path)
     yield from check_classes(dataset.classes, dataset.missing)
+    if s.stage == "all" and not dataset.unlabelled:
+        yield (f"all {len(dataset.labelled)} training videos are labelled, so that there is no "
+               "unlabelled video to learn from: training ends with the supervised stage. Stage 3 "
+               "needs feature files without an entry (--unlabelled-features), entries without "
+               "annotations, or a --ratio below 1")
 
 
 def describe(dataset, s):
@@ -164,16 +169,6 @@ def check_positives(detector, dataset, s):
                        "their lengths")
 
 
-def check_unlabelled(dataset, s):
-    """Raise BadInput where a run needs unlabelled videos and has none; --check only says so."""
-    if s.stage != "all" or dataset.unlabelled:
-        return
-    text = (f"all {len(dataset.labelled)} training videos are labelled (--ratio {s.ratio}), so "
-            "there is no unlabelled video for stage 3; --stage supervised needs none, "
-            "--unlabelled-features brings some")
-    if not s.check:
-        raise BadInput(text)
-    warn([text])
 
 
 def check_new_video(name, width, expected, duration, stride):
@@ -205,12 +200,12 @@ def truth_for(predictions, annotations, subset, gt):
                        f"in the ground truth {gt}, which has videos like {short(theirs)}")
     names = {annotations[video].subset.lower() for video in common or annotations}
     if subset:
-        names = {subset.lower()}
+        names = {a.subset.lower() for a in forms.in_subset(annotations, subset).values()}
     truth = {video: a for video, a in annotations.items()
              if a.annotated and a.subset.lower() in names}
     if not any(a.labels for a in truth.values()):
         raise BadInput(f"ground truth {gt} has no instance in the subset "
-                       f"{shown(subset or ', '.join(names))}, only subsets "
+                       f"{shown(subset or ', '.join(names))}; its subsets are "
                        f"{forms.subsets_of(annotations)}")
     return truth, ", ".join(sorted(names)) or "none"
 

@@ -32,6 +32,8 @@ class Annotation:
 # Names under which public annotation files have the same thing.
 DURATIONS = ("duration", "duration_second", "duration_seconds")
 RATES = ("fps", "frame_rate")
+FORM = ('{"subset": "training", "duration": 60.0, "fps": 30.0, "annotations": [{"segment": '
+        '[5.0, 24.6], "label": "walk"}]}')  # as a message shows an entry
 
 
 def number(value, where, what):
@@ -88,13 +90,21 @@ def read_instances(items, where):
             yield segment, read_label(label, where), label_id
 
 
-def read_annotation(entry, where, ignored):
+def is_table(value):
+    """Whether a JSON value is a list of lists or objects, as what happens is written."""
+    return isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
+
+
+def read_annotation(entry, where, ignored, fps):
     """The Annotation of an entry of the database; `where` names it. Raises BadInput.
 
-    ignored  the labels that are left out"""
+    ignored  the labels that are left out
+    fps      of all videos, where it is given: what the entry says of it is not read"""
     items = entry.get("annotations")
-    if not isinstance(items, list | None):
-        raise BadInput(f'{where} the entry must hold "subset" and a list of "annotations"')
+    other = [key for key, value in entry.items() if items is None and is_table(value)]
+    if other or not isinstance(items, list | None):
+        raise BadInput(f'{where} the entry holds {several(other or ["annotations"])}, but no list '
+                       f'of "annotations"; it must look like {FORM}')
     subset = entry.get("subset") or ""
     if not isinstance(subset, str):
         raise BadInput(f"{where} subset must be text, not {shown(subset)}")
@@ -103,7 +113,7 @@ def read_annotation(entry, where, ignored):
     return Annotation(
         subset.strip(),
         positive_number(entry, DURATIONS, where),
-        positive_number(entry, RATES, where),
+        fps or positive_number(entry, RATES, where),
         np.array(segments).reshape(-1, 2),
         list(labels),
         list(label_ids),
@@ -123,17 +133,22 @@ def read_each(content, read, what):
     return found
 
 
-def read_annotations(path, ignored=""):
+def read_annotations(path, ignored="", fps=0):
     """{video id: Annotation} of an ActivityNet-style JSON, or of its "database" alone.
 
     ignored  labels that are left out, with commas
+    fps      of all videos; 0: as the file says
     Raises BadInput for another form."""
     content = read_json(path, "annotation file")
     database = content.get("database", content) if isinstance(content, dict) else None
     if not isinstance(database, dict) or not all(isinstance(e, dict) for e in database.values()):
         raise BadInput(f'annotation file {path} has no "database" of videos, each a JSON object')
+    known = {"subset", "annotations", *DURATIONS, *RATES}
+    if database and not any(known & entry.keys() for entry in database.values()):
+        raise BadInput(f"annotation file {path}: none of its entries, {several(database)}, is a "
+                       f"video; one must look like {FORM}")
     ignored = [label.strip() for label in ignored.split(",")]
-    return read_each(database, lambda entry, where: read_annotation(entry, where, ignored),
+    return read_each(database, lambda entry, where: read_annotation(entry, where, ignored, fps),
                      f"annotation file {path}")
 
 
@@ -144,9 +159,22 @@ def unknown_video(duration, fps):
 
 # ---- Annotations, chosen and changed -------------------------------------------------------------
 
+# What else a subset is called, where none has its name.
+ALIASES = {
+    "training": ("train",), "train": ("training",), "test": ("testing",), "testing": ("test",),
+    "val": ("valid", "validation"), "valid": ("val", "validation"),
+    "validation": ("val", "valid", "test", "testing"),
+}
+
+
 def in_subset(annotations, subset):
-    """The annotations {id: Annotation} of a subset, in any letter case."""
-    return {name: a for name, a in annotations.items() if a.subset.lower() == subset.lower()}
+    """The annotations {id: Annotation} of a subset, in any letter case, or of one of its ALIASES.
+    """
+    for wanted in (subset.lower(), *ALIASES.get(subset.lower(), ())):
+        found = {name: a for name, a in annotations.items() if a.subset.lower() == wanted}
+        if found:
+            return found
+    return {}
 
 
 def subsets_of(annotations):
@@ -214,11 +242,14 @@ def read_detections(found, where):
     """The detections [{"label", "score", "segment"}] of a video; raises BadInput."""
     if not isinstance(found, list) or not all(isinstance(d, dict) for d in found):
         raise BadInput(f"{where} it must list predictions, not {shown(found)}")
-    return [{
-        "label": read_label(d.get("label"), where),
-        "score": number(d.get("score"), where, "a score"),
-        "segment": read_segment(d.get("segment"), where),
-    } for d in found]
+    detections = []
+    for d in found:
+        start, end = segment = read_segment(d.get("segment"), where)
+        if end < start:
+            raise BadInput(f"{where} the segment {segment} ends before it starts")
+        detections.append({"label": read_label(d.get("label"), where), "segment": segment,
+                           "score": number(d.get("score"), where, "a score")})
+    return detections
 
 
 def read_predictions(path):

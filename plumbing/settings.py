@@ -116,7 +116,7 @@ def settings_from(found, kind, where):
 
 # ---- Files and runs -----------------------------------------------------------------------------
 
-SPLITS = ("uniform", "stratified")
+SPLITS = ("", "uniform", "stratified")
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,15 @@ class FileSettings(CheckedSettings):
     annotations: Text("annotation file, in place of the layout's") = ""
     features: Text("feature folder; none: the layout's, or the folder features beside a JSON") = ""
     unlabelled_features: Text(
-        "folder whose feature files without an annotation entry are unlabelled videos") = ""
+        "folder whose feature files without an annotation entry are unlabelled videos, or none; "
+        "not set: of own data the feature folder") = ""
     prefix: Text("what stands before a video's id in its feature file's name") = ""
     extension: Text("what stands after it: .npy, .npz, .pt or .csv") = ".npy"
     feature_key: Text("name of the array in .npz and .pt files") = "feats"
     missing: OneOf(("error", "skip"), "what a video without a feature file does") = "error"
     trust_grid: Flag("go on where the features span another time than the annotations say") = False
     test_subset: Text("subset of the test videos; none: no test") = "validation"
-    split: Text("uniform, stratified, or a file of labelled ids") = "uniform"
+    split: Text("how --ratio draws, uniform or stratified, or a file of labelled ids") = ""
     ext_scores: Text(
         "JSON of video-level scores from elsewhere, which name the classes of --one-class") = ""
     audit: Flag("report the pseudo labels' quality; reads hidden labels for this only") = False

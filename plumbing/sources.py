@@ -24,7 +24,7 @@ PLACES = (
 
 def whole_paths(given):
     """Settings {name: value} with whole paths, so that they are found from anywhere."""
-    words = ("toy", *LAYOUTS, *SPLITS, "")
+    words = ("toy", "none", *LAYOUTS, *SPLITS)
     return {name: os.path.abspath(value) if name in PLACES and value not in words else value
             for name, value in given.items()}
 
@@ -49,6 +49,9 @@ class Chosen:
     def subset(self, name, flag):
         """The entries of a subset; raises BadInput if there is none."""
         found = forms.in_subset(self.entries, name)
+        if not found and not any(a.subset for a in self.entries.values()):
+            raise BadInput(f"annotation file {self.path}: no entry has a subset; --test-subset "
+                           "none trains on all of them")
         if not found:
             raise BadInput(f"annotation file {self.path} has no video of the subset {shown(name)} "
                            f"({flag}), only of {forms.subsets_of(self.entries)}")
@@ -98,7 +101,7 @@ def read_dataset(s):
     if s.dataset == "toy":
         return Chosen("toy", *toy_videos(s.seed))
     path, folder = locate(s)
-    entries = forms.read_annotations(path, s.ignore_labels)
+    entries = forms.read_annotations(path, s.ignore_labels, s.fps)
     return Chosen(path, entries, {name: feature_file(folder, name, s) for name in entries})
 
 
@@ -122,21 +125,29 @@ def take_training(chosen, s):
 def take_files_without_entry(chosen, s):
     """Take the feature files without an entry, or say that they are ignored.
 
-    Raises BadInput where --unlabelled-features has none."""
-    folder = s.unlabelled_features or locate(s)[1]
-    files = feature_ids(folder, s)
-    loose = {name: file for name, file in files.items() if name not in chosen.entries}
-    if s.unlabelled_features and not loose:
+    Of own data those of the feature folder, if no other is named; of a published data set those
+    of --unlabelled-features. Raises BadInput where that has none, or one lacks what its grid needs.
+    """
+    own, named = s.dataset not in LAYOUTS, s.unlabelled_features not in ("", "none")
+    folder = s.unlabelled_features if named else locate(s)[1]
+    loose = {name: file for name, file in feature_ids(folder, s).items()
+             if name not in chosen.entries}
+    if named and not loose:
         raise BadInput(f"--unlabelled-features {short(folder, 150)} holds no file {s.prefix}<id>"
                        f"{s.extension} without an annotation entry")
-    if s.unlabelled_features:
-        rates = {a.fps for a in chosen.entries.values()}
-        fps = rates.pop() if len(rates) == 1 else None
-        chosen.sources |= loose
-        chosen.bare |= {name: forms.unknown_video(None, fps) for name in loose}
-    elif loose:
-        chosen.ignored.append(f"{len(loose)} feature files without an entry: {several(loose, 2)} "
-                              "(--unlabelled-features takes them)")
+    if not loose:
+        return
+    told = f"{len(loose)} feature files without an entry: {several(loose, 2)}"
+    if not named and (not own or s.unlabelled_features == "none"):
+        chosen.ignored.append(f"{told} (--unlabelled-features takes them)")
+        return
+    rates = {a.fps for a in chosen.entries.values()}
+    fps = rates.pop() if len(rates) == 1 else None
+    lack = "duration, which --stride 0 needs" if s.stride == 0 else "" if fps else "fps; give --fps"
+    if lack:
+        raise BadInput(f"{told} have no {lack} (--unlabelled-features none leaves them out)")
+    chosen.sources |= loose
+    chosen.bare |= {name: forms.unknown_video(None, fps) for name in loose}
 
 
 def hint_at_files(folder, name):
@@ -215,13 +226,13 @@ def choose_test_data(s):
 def choose_training_data(s):
     """The Chosen of training and of its test; raises BadInput."""
     chosen = read_dataset(s)
-    trained = {s.train_subset.lower(), (s.unlabelled_subset or s.train_subset).lower()}
-    subsets = {a.subset.lower() for a in chosen.entries.values()}
-    if s.test_subset == "none" or subsets <= trained - {s.test_subset.lower()}:
-        chosen.warnings.append("there are no test videos, so no mAP")
-    else:
-        chosen.test = chosen.subset(s.test_subset, "--test-subset NAME, or none")
     take_training(chosen, s)
+    if s.test_subset != "none" and (
+            forms.in_subset(chosen.entries, s.test_subset)
+            or len(chosen.annotated | chosen.bare) < len(chosen.entries)):
+        chosen.test = chosen.subset(s.test_subset, "--test-subset NAME, or none")
+    else:
+        chosen.warnings.append("there are no test videos, so no mAP")
     overlap = (chosen.annotated | chosen.bare).keys() & chosen.test.keys()
     if overlap:
         chosen.warnings.append(f"{len(overlap)} test videos are training videos too: the mAP says "

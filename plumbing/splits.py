@@ -31,20 +31,20 @@ def stratify(order, labels, count):
 def split_videos(videos, ratio, split, seed):
     """The labelled ids of the annotated training videos {id: Annotation}.
 
-    split   "uniform" draws round(ratio * n) at random, "stratified" as many, the classes in turn;
-            a file names them: our split.json, a JSON list, or one id a line (an id may carry the
-            prefix v_)
+    split   "uniform" or "" draws round(ratio * n) at random, "stratified" as many, the classes in
+            turn; a file names them: our split.json, a JSON list, or one id a line (an id may carry
+            the prefix v_)
     Raises BadInput if none is selected or one is unknown."""
     if split not in SPLITS:
         return forms.read_split(Path(split), videos)
     names = sorted(videos)
     count = round(ratio * len(names))
     if not 0 < count <= len(names):
-        raise BadInput(f"--ratio {ratio} selects {count} of {len(names)} annotated training "
-                       "videos; it must select between 1 and all")
+        raise BadInput(f"a share of {ratio} (--ratio) selects {count} of {len(names)} annotated "
+                       "training videos; it must select between 1 and all")
     rng = np.random.default_rng([seed, 1])
     order = [names[i] for i in rng.permutation(len(names))]
-    if split == "uniform":
+    if split != "stratified":
         return sorted(order[:count])
     labels = {}
     for name, a in videos.items():

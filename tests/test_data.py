@@ -12,7 +12,6 @@ import torch
 import data
 import model
 import plumbing.files
-import train
 from plumbing import forms, splits
 from plumbing.words import BadInput
 from tests.helpers import SHARED, edit, needs_shared, own_argv, read_result, refused, settings
