@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from plumbing import checks, forms, sources
-from plumbing.files import fingerprint_of, read_features, statistics, sum_all
+from plumbing.files import Reading, fingerprint_of, read_features, statistics, sum_all
 from plumbing.processes import prefetch, process_count, share_of
 from plumbing.settings import (
     SPLITS,
@@ -173,11 +173,11 @@ class Video:
     """A video without labels: unlabelled or test."""
     id: str
     source: Path | np.ndarray  # a feature file, or an array (T, D)
-    key: str  # of the array in an .npz file
+    reading: Reading  # how the source is read
     grid: Grid
     steps: int  # T on the grid; a resized video has another T than its source
     duration: float  # seconds
-    resized: bool
+    source_steps: int  # the source's T
 
     def in_seconds(self, segments):
         """Segments (N, 2) in grid steps -> (N, 2) seconds within the video."""
@@ -195,6 +195,12 @@ class LabelledVideo(Video):
         first = self.segments[:, 0].ceil().clamp(min=0)
         last = self.segments[:, 1].floor().clamp(max=self.steps - 1)
         return first <= last
+
+    def in_a_crop(self, s):
+        """Which instances some crop can hold, so that they teach -> (N,) bool."""
+        at_the_left = self.segments - self.segments[:, :1] - self.grid.frames / 2 / self.grid.stride
+        return crop_segments(
+            at_the_left, self, 0, min(self.steps, s.max_steps), s.crop_keep)[1]
 
 
 def blind(video):
@@ -216,8 +222,7 @@ def place_video(name, a, source, steps, s):
     if s.resize:
         stride = ((steps - 1) * grid.stride + grid.frames) / s.resize
         grid = Grid(fps, stride, stride)
-        steps = s.resize
-    return Video(name, source, s.feature_key, grid, steps, duration, bool(s.resize))
+    return Video(name, source, s.reading(), grid, s.resize or steps, duration, steps)
 
 
 def label_video(video, a, classes):
@@ -254,24 +259,25 @@ class Dataset:
 
 
 def open_videos(chosen, s, dim=None):
-    """({id: Video}, {id: (steps, mean, spread)}): every file checked; raises BadInput.
+    """({id: Video}, {id: files.Sums}): every file checked; raises BadInput.
 
     dim  the checkpoint's D, None for that of the first video"""
     annotations = chosen.everything()
     files = {name: chosen.sources[name] for name in annotations}
-    found, faults = sum_all(files, s.feature_key)
+    found, faults = sum_all(files, s.reading())
     videos = {}
-    for name, (steps, *_) in found.items():
+    for name, sums in found.items():
         where = f"annotation file {chosen.path}, video {short(name)}:"
         try:
             checks.check_width(name, files[name], found, dim)
             checks.check_grid(annotations[name], s, where)
-            videos[name] = place_video(name, annotations[name], files[name], steps, s)
+            videos[name] = place_video(name, annotations[name], files[name], sums.steps, s)
             if s.bad_segments == "error":
                 checks.check_segments(annotations[name], videos[name], where)
         except BadInput as fault:
             faults[name] = fault
     refuse({name: faults[name] for name in annotations if name in faults})
+    chosen.warnings += checks.odd_features(found)
     return videos, found
 
 
@@ -301,7 +307,7 @@ def training_data(s):
         unlabelled=[videos[name] for name in unlabelled],
         hidden={video.id: video for video in hidden},
         missing=[name for name in classes if name not in present],
-        fingerprint={name: fingerprint_of(*sums[name]) for name in [*names, *unlabelled]},
+        fingerprint={name: fingerprint_of(sums[name]) for name in [*names, *unlabelled]},
         ignored=chosen.ignored,
         warnings=chosen.warnings)
     dataset.warnings += checks.look(dataset, videos, everything, chosen.path, s)
@@ -361,16 +367,20 @@ def draw_crop(video, s, rng):
     return start, length
 
 
-def read_steps(video, window):
-    """The features of the steps of a window, a slice, as a tensor, a resized video's resized.
+def read_steps(video, window, dim):
+    """The features of a window, a slice, as a tensor (steps, dim), a resized video's resized.
 
-    What is float64 stays so until it is standardised: far from 0 float32 has no digits left."""
-    feats = read_features(video.source, video.key, video.id)
-    if not video.resized:
+    What is float64 stays so until it is standardised: far from 0 float32 has no digits left.
+    Raises BadInput where the file is not what it was when the run began."""
+    feats = read_features(video.source, video.reading, video.id)
+    if feats.shape != (video.source_steps, dim):
+        raise BadInput(f"video {short(video.id)}: feature file {video.source} was replaced: its "
+                       f"shape is {feats.shape}, no longer {(video.source_steps, dim)}")
+    if video.source_steps == video.steps:
         feats = feats[window]
     kind = np.float64 if feats.dtype == np.float64 else np.float32
     x = torch.from_numpy(np.array(feats, dtype=kind))
-    if video.resized:
+    if video.source_steps != video.steps:
         x = F.interpolate(x.T[None], size=video.steps, mode="linear", align_corners=False)[0].T
         x = x[window]
     return x
@@ -381,7 +391,7 @@ def load_item(video, data, s, rng=None):
 
     -> {"id", "video", "feats" (T, D), "start"}, of a LabelledVideo also "segments", "labels"."""
     start, length = (0, video.steps) if rng is None else draw_crop(video, s, rng)
-    x = read_steps(video, slice(start, start + length))
+    x = read_steps(video, slice(start, start + length), len(data.mean))
     x = ((x - data.mean.to(x.dtype)) / data.std.to(x.dtype)).float()
     if not x.isfinite().all():
         step = int((~x.isfinite()).any(1).nonzero()[0, 0])

@@ -9,7 +9,7 @@ score may be ranked otherwise than in the toolkit, whose sort is not stable.
 """
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -314,14 +314,14 @@ class Localizer:
 
     path     a run's folder, its checkpoint.pt, or its small detector.pt
     kind     the class of its settings, whose `weights` choose the raw or the averaged ones
-    changes  settings that differ from the training's, above all fps, stride and frames
-    Raises BadInput."""
+    changes  settings that differ from the training's, as fps, stride and frames of other features,
+             min_score (0.001), max_detections (200); an unknown one raises BadInput"""
 
     def __init__(self, path, kind=DetectionSettings, **changes):
         content = checkpoints.load(path, kind)
         s = settings.settings_from(content["settings"], kind, f"checkpoint {path}")
         device = pick_device(changes.pop("device", "auto"))
-        self.s = replace(s, device=device, **changes)
+        self.s = settings.changed(s, {"device": device} | changes)
         self.fps = self.s.fps or content["fps"]  # of the training videos
         self.classes = content["classes"]
         self.mean, self.std = content["mean"], content["std"]
@@ -341,10 +341,10 @@ class Localizer:
         Raises BadInput for another D."""
         if not isinstance(feats, (str, Path)):
             feats = np.asarray(feats)
-        steps, mean, _ = sum_features(feats, self.s.feature_key, name)
-        checks.check_new_video(name, len(mean), len(self.mean), duration, self.s.stride)
+        sums = sum_features(feats, self.s.reading(), name)
+        checks.check_new_video(name, len(sums.mean), len(self.mean), duration, self.s.stride)
         note = forms.unknown_video(duration, self.fps)
-        video = place_video(name, note, feats, steps, self.s)
+        video = place_video(name, note, feats, sums.steps, self.s)
         record = with_seconds(detect(self.detector, [video], self, self.s)[name], video)
         labels = [self.classes[label] for label in record["labels"]]
         return record["segments"].numpy(), labels, record["scores"].numpy()

@@ -33,7 +33,7 @@ import model
 import train
 from extras import bmn
 from plumbing.arguments import settings_of
-from plumbing.files import sum_features, write_json
+from plumbing.files import Reading, sum_features, write_json
 from plumbing.forms import Annotation, in_subset, read_annotations
 from plumbing.processes import pick_device
 
@@ -164,11 +164,11 @@ def random_video(name, feats, rng):
     return data.LabelledVideo(
         id=name,
         source=feats,
-        key="",
+        reading=Reading(),
         grid=data.Grid(fps=30, stride=4, frames=16),
         steps=T,
         duration=T * 4 / 30,
-        resized=False,
+        source_steps=T,
         segments=torch.tensor(np.stack([start, end], 1), dtype=torch.float32),
         labels=torch.from_numpy(rng.integers(20, size=15)),
     )
@@ -535,7 +535,7 @@ def loading_row(device, T, repeat):
         np.save(path, rng.standard_normal((T, 2048), dtype=np.float32))
 
         def check():
-            sum_features(path, s.feature_key, "video")
+            sum_features(path, s.reading(), "video")
 
         video = data.place_video("video", note, path, T, s)
 

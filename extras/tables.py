@@ -193,7 +193,8 @@ PROBES = {
 MATCHES = ("precision", "recall")
 QUALITY = ("positive_accuracy", "class_accuracy", "mean_tIoU", *MATCHES)
 PROBE_STEPS = 30_000  # that fit, and that test, the probe, drawn at random where there are more
-OF_DATA = (*sources.PLACES, "prefix", "extension", "feature_key", "missing", "test_subset")
+OF_DATA = (*sources.PLACES, "prefix", "extension", "feature_key", "skip_columns", "fill_gaps",
+           "missing", "test_subset")
 # What rows set themselves.
 OURS = ("--seed", "--out", "--overwrite", "--stage", "--start", "--resume", "--audit")
 
@@ -562,7 +563,7 @@ def spread(values):
 
 def last_pulse(folder):
     """The row of a run's log about its pseudo labels in the last epoch; None without."""
-    pulses = [row for row in read_rows(folder / "log.jsonl") if "theta_h" in row]
+    pulses = [row for row in read_rows(folder / "log.jsonl")[0] if "theta_h" in row]
     return pulses[-1] if pulses else None
 
 

@@ -41,10 +41,65 @@ def compact(value):
     return value
 
 
-def optional(folder, name, what):
-    """The content of a JSON file of a run, None where there is none."""
+# The form of each file of a run, as has_form() takes it.
+NUMBER = (int, float)
+INSTANCE = {"label": str, "segment": [NUMBER]}
+FORMS = {
+    "config.json": {"dataset": str, "seed": int, "*": (str, int, float)},
+    "videos.json": {"*": {"part": PARTS, "duration": (*NUMBER, None),
+                          "annotations": (None, [INSTANCE])}},
+    "split.json": {"missing_classes": [str]},
+    "metrics.json": {"tiou": [NUMBER], "mAP": [NUMBER], "average_mAP": NUMBER, "videos": int,
+                     "instances": int, "weights": str, "ap": {"*": [NUMBER]}},
+    "predictions.json": {"results": {"*": [INSTANCE | {"score": NUMBER}]}},
+    "pseudo_labels.json": {"*": [INSTANCE | {
+        "score": NUMBER, "status": STATUS, "class_score": NUMBER, "tIoU": (*NUMBER, None),
+        "tND": (*NUMBER, None), "similarity": (*NUMBER, None)}]},
+    "representation.json": {"classes": [str], "label": [int], "before": [[NUMBER]],
+                            "after": [[NUMBER]]},
+}
+
+
+def has_form(x, form):
+    """Whether a JSON value has a form.
+
+    form  a type; None or a text: that value; (a, b): one of both; [a]: a list of such; {key: a}: a
+          dict with that key, or, under "*", for all other keys"""
+    if isinstance(form, tuple):
+        return any(has_form(x, one) for one in form)
+    if isinstance(form, list):
+        return isinstance(x, list) and all(has_form(item, form[0]) for item in x)
+    if isinstance(form, dict):
+        named = form.keys() - {"*"}
+        return isinstance(x, dict) and named <= x.keys() and all(
+            has_form(value, form[key if key in named else "*"]) for key, value in x.items()
+            if key in named or "*" in form)
+    return isinstance(x, form) if isinstance(form, type) else x == form
+
+
+def read_file(folder, name, needed=False):
+    """The content of a JSON file of a run, None where there is none; raises BadInput."""
     path = folder / name
-    return read_json(path, what) if path.exists() else None
+    if not needed and not path.exists():
+        return None
+    content = read_json(path, "file of a run")
+    if not has_form(content, FORMS[name]) or not fits_itself(content, name):
+        raise BadInput(f"{path} is not as train.py writes it: the folder is no run of this version")
+    return content
+
+
+def fits_itself(content, name):
+    """Whether the lists of a file of a run are of lengths that belong together."""
+    if name == "metrics.json":
+        lists = [content["mAP"], *content["ap"].values()]
+        return all(len(values) == len(content["tiou"]) for values in lists)
+    if name == "representation.json":
+        points = content["before"] + content["after"]
+        labels, classes = content["label"], len(content["classes"])
+        return (all(len(point) == 2 for point in points)
+                and len(content["before"]) == len(content["after"]) == len(labels)
+                and all(0 <= label < classes for label in labels))
+    return True
 
 
 def best(found, most):
@@ -167,14 +222,11 @@ def facts_of(config, videos, split, metrics, rows):
 
 def page_data(folder):
     """What the page shows of the run in a folder; raises BadInput."""
-    config = read_json(folder / "config.json", "a run's file of settings")
-    videos = read_json(folder / "videos.json", "a run's list of videos")
-    split = optional(folder, "split.json", "split file")
-    metrics = optional(folder, "metrics.json", "metrics")
-    predictions = optional(folder, "predictions.json", "prediction file")
-    pseudo = optional(folder, "pseudo_labels.json", "file of pseudo labels")
-    representation = optional(folder, "representation.json", "representation")
-    rows = read_rows(folder / "log.jsonl")
+    config, videos = (read_file(folder, name, True) for name in ("config.json", "videos.json"))
+    split, metrics, predictions, pseudo, representation = (read_file(folder, name) for name in (
+        "split.json", "metrics.json", "predictions.json", "pseudo_labels.json",
+        "representation.json"))
+    rows, _ = read_rows(folder / "log.jsonl")
     try:
         found = {**(pseudo or {}), **(predictions or {"results": {}})["results"]}
         names = class_names(videos, found, metrics, representation)

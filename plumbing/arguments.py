@@ -3,7 +3,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from plumbing import checkpoints, processes, runs, settings, sources
-from plumbing.words import BadInput, shown
+from plumbing.words import BadInput, nearest, shown
 
 
 def resumed_settings(folder, given, kind):
@@ -26,7 +26,7 @@ def settings_of(argv, kind):
     known = ("toy", *sources.LAYOUTS)
     if dataset not in known and not dataset.endswith(".json"):
         raise BadInput("--dataset must be an annotation file *.json or one of "
-                       f"{', '.join(known)}, not {shown(dataset)}")
+                       f"{', '.join(known)}, not {shown(dataset)}{nearest(dataset, known)}")
     if given.get("resume"):
         base = resumed_settings(given["resume"], given, kind)
     else:

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from plumbing import forms
+from plumbing.files import columns_of
 from plumbing.processes import process_count
 from plumbing.words import BadInput, several, short, shown
 
@@ -13,18 +14,40 @@ def check_width(name, file, sums, dim):
     """Raise BadInput where a video's features are of another width D than those of all videos.
 
     file  of the video
-    sums  of all videos, {id: (steps, mean (D,), spread)}
+    sums  of all videos, {id: files.Sums}
     dim   the checkpoint's D, None for that of the first video"""
-    steps, mean, _ = sums[name]
-    _, first, _ = next(iter(sums.values()))
-    expected = dim or len(first)
-    if len(mean) == expected:
+    mine, first = sums[name], next(iter(sums.values()))
+    expected, width = dim or len(first.mean), len(mine.mean)
+    if width == expected:
         return
-    like = steps == expected or all(length == steps for length, *_ in sums.values())
+    like = mine.steps == expected or all(other.steps == mine.steps for other in sums.values())
     turned = "; transposed it would fit: features are (T, D)" if like else ""
     others = "the checkpoint's" if dim else "the others"
-    raise BadInput(f"video {short(name)}: feature file {file} is {len(mean)} wide, {others} "
+    raise BadInput(f"video {short(name)}: feature file {file} is {width} wide, {others} "
                    f"{expected}{turned}")
+
+
+def rises_evenly(sums, channel):
+    """Whether a channel grows by the same from step to step in all videos, as a clock does.
+
+    The spread of a + b t over T steps is b^2 T (T^2 - 1) / 12."""
+    T = np.array([x.steps for x in sums.values()], dtype=np.float64)
+    spread = np.array([x.spread[channel] for x in sums.values()])
+    b = np.sqrt(12 * spread / np.maximum(T * (T ** 2 - 1), 1))
+    return len(T) > 1 and b.min() > 0 and b.max() < (1 + 1e-4) * b.min() and len(set(T)) > 1
+
+
+def odd_features(sums):
+    """Yield warnings about features {id: files.Sums}."""
+    gaps = {name: x.gaps for name, x in sums.items() if x.gaps}
+    if gaps:
+        yield (f"{sum(gaps.values())} steps of {len(gaps)} videos hold NaN or infinity and were "
+               f"filled from the step before: {several(gaps)}")
+    width = min((len(x.mean) for x in sums.values()), default=0)
+    clocks = [channel for channel in range(min(width, 3)) if rises_evenly(sums, channel)]
+    if clocks:
+        yield (f"the column {clocks[-1]} of the features, counted from 0, rises evenly in every "
+               f"video, as a clock or row number does; --skip-columns {clocks[-1] + 1} drops it")
 
 
 def check_grid(a, s, where):
@@ -35,6 +58,15 @@ def check_grid(a, s, where):
         raise BadInput(f"{where} it has no fps; give --fps")
 
 
+def likely_unit(last, duration, fps):
+    """"; are its times frames, not seconds?" where the last one would fit so; else ""."""
+    a_second = {"frames": fps, "milliseconds": 1e3, "microseconds": 1e6}
+    for unit, number in a_second.items():
+        if number and 0.1 * duration < last / number <= duration:
+            return f"; are its times {unit}, not seconds?"
+    return ""
+
+
 def check_segments(a, video, where):
     """Raise BadInput for the segments of an Annotation that lie outside their Video."""
     duration = video.duration
@@ -42,14 +74,13 @@ def check_segments(a, video, where):
     if not bad:
         return
     others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-    last = a.segments.max()
-    a_second = {"frames": video.grid.fps, "milliseconds": 1e3, "microseconds": 1e6}
-    guesses = [f"; are its times {unit}, not seconds?" for unit, number in a_second.items()
-               if 0.1 * duration < last / number <= duration]
-    raise BadInput(
-        f"{where} the segment {bad[0]}{others} ends before it starts or lies outside the video "
-        f"(duration {duration:g}){next(iter(guesses), '')}; --bad-segments skip leaves such "
-        "segments out")
+    start, end = bad[0]
+    fault = (f"ends before it starts or lies outside the video (duration {duration:g})"
+             f"{likely_unit(a.segments.max(), duration, video.grid.fps)}")
+    if start == end:
+        fault = "is empty: give events a length"
+    raise BadInput(f"{where} the segment {bad[0]}{others} {fault}; --bad-segments skip leaves "
+                   "such segments out")
 
 
 def check_spans(videos, annotations, s, dim):
@@ -79,23 +110,58 @@ def check_spans(videos, annotations, s, dim):
             raise BadInput(f"{text}; --trust-grid goes on")
         yield text
         return
-    far = [v.id for v in compress(known, (off > window) & (np.abs(ratios - 1) > 0.5))]
+    far = [v.id for v in compress(known, (off > window) & (np.abs(ratios - 1) > 0.05))]
     if far:
         yield (f"the features of {len(far)} videos span another time than their annotations say, "
-               f"by more than half: {several(far)}")
+               f"by more than 5 %: {several(far)}; is their fps right?")
 
 
-def check_labelled(labelled, path):
-    """Yield warnings about the LabelledVideos; raises BadInput where nothing is to be learned."""
+def why_nothing(labelled, annotations, s):
+    """Why LabelledVideos teach nothing, in words; "" where an instance can be learned.
+
+    annotations  {id: Annotation} of all videos"""
+    written = sum(len(annotations[video.id].labels) for video in labelled)
     on_step = torch.cat([video.on_a_step() for video in labelled])
+    in_crop = torch.cat([video.in_a_crop(s) for video in labelled])
+    segments = torch.cat([video.segments for video in labelled])
+    longest = segments.diff().max() if len(segments) else 0
+    last_step = max(video.steps for video in labelled)
+    if not written:
+        return "they have none; --split stratified draws videos that have some"
+    if not len(segments):
+        return (f"their {written} instances are empty or outside the video and left out, as "
+                "--bad-segments skip says")
+    if not on_step.any() and (segments[:, 0] > last_step).any():
+        return (f"none of their {len(segments)} instances holds a grid step, as they begin after "
+                "the last one (are --stride, --frames and --fps right?)")
     if not on_step.any():
-        raise BadInput(
-            f"annotation file {path}: none of the {len(on_step)} labelled instances of "
-            f"{several([video.id for video in labelled])} holds a grid step: there is nothing to "
-            "learn (are --stride, --frames and --fps right?)")
+        return (f"none of their {len(segments)} instances holds a grid step, as the longest has "
+                f"{longest:.2g} of a step: give events a length, or make features more often (are "
+                "--stride, --frames and --fps right?)")
+    if not (on_step & in_crop).any():
+        return (f"all of their {len(segments)} instances are too long for a crop; "
+                f"--max-steps {int(s.crop_keep * segments.diff().min()) + 1} would do")
+    return ""
+
+
+def check_labelled(labelled, annotations, path, s):
+    """Yield warnings about the LabelledVideos; raises BadInput where nothing is to be learned."""
+    why = why_nothing(labelled, annotations, s)
+    if why:
+        raise BadInput(f"annotation file {path}: the labelled videos, "
+                       f"{several([video.id for video in labelled])}, teach nothing: {why}")
+    on_step = torch.cat([video.on_a_step() for video in labelled])
+    in_crop = torch.cat([video.in_a_crop(s) for video in labelled])
     if not on_step.all():
         yield (f"{(~on_step).sum()} of {len(on_step)} labelled instances hold no grid step and "
                "teach nothing")
+    if not in_crop.all():
+        longest = max(video.segments.diff().max() for video in labelled if len(video.segments))
+        yield (f"{(~in_crop).sum()} of {len(in_crop)} labelled instances are too long for a crop "
+               f"and teach nothing; --max-steps {int(s.crop_keep * longest) + 1} would do")
+
+
+NO_ACTION = ("background", "bg", "none", "null", "nothing", "noaction", "other")
 
 
 def check_classes(classes, missing):
@@ -107,6 +173,9 @@ def check_classes(classes, missing):
         if len(names) > 1:
             yield (f"the labels {' and '.join(map(shown, names))} differ by letter case or blanks "
                    "alone")
+        if "".join(c for c in names[0].lower() if c.isalnum()) in NO_ACTION:
+            yield (f"the label {shown(names[0])} is learned and counted as an action; "
+                   f"--ignore-labels {shown(names[0])} leaves it out")
     if missing:
         yield (f"{len(missing)} of {len(classes)} classes have no labelled instance: "
                f"{several(missing)}")
@@ -128,7 +197,7 @@ def look(dataset, videos, annotations, path, s):
 
     videos, annotations  of all that it takes, {id: Video}, {id: Annotation}"""
     yield from check_spans(videos, annotations, s, dataset.dim)
-    yield from check_labelled(dataset.labelled, path)
+    yield from check_labelled(dataset.labelled, annotations, path, s)
     yield from check_classes(dataset.classes, dataset.missing)
     if s.stage == "all" and not dataset.unlabelled:
         yield (f"all {len(dataset.labelled)} training videos are labelled, so that there is no "
@@ -144,7 +213,9 @@ def describe(dataset, s):
     labelled, unlabelled, test = dataset.labelled, dataset.unlabelled, dataset.test
     on_step = torch.cat([video.on_a_step() for video in labelled])
     steps = np.array([video.steps for video in labelled + unlabelled + test])
+    in_crop = torch.cat([video.in_a_crop(s) for video in labelled])
     half = torch.cat([video.segments for video in labelled]).diff()[:, 0] / 2
+    named = several(columns_of(labelled[0].source)[s.skip_columns:], 8)
     shares = []
     for low, high in s.levels()[1]:
         inside = int(((half >= low) & (half <= high)).sum())
@@ -153,10 +224,11 @@ def describe(dataset, s):
     return "\n".join([
         f"{len(labelled)} labelled, {len(unlabelled)} unlabelled, {len(test)} test videos; "
         f"ignored: {'; '.join(dataset.ignored) or 'nothing'}",
-        f"{len(on_step)} labelled instances, {(~on_step).sum()} of them without a grid step; "
+        f"{len(on_step)} labelled instances, {(~on_step).sum()} of them without a grid step, "
+        f"{(~in_crop).sum()} too long for a crop; "
         f"{len(dataset.classes)} classes, {len(dataset.missing)} without a labelled instance",
         f"{steps.min()} to {steps.max()} steps a video, median {np.median(steps):.0f}, "
-        f"of {dataset.dim} channels",
+        f"of {dataset.dim} channels{named and ': '}{named}",
         f"segments by level (half their steps): {', '.join(shares)}",
         f"{s.device}, {s.precision}, {process_count()} process(es)"])
 
@@ -210,16 +282,39 @@ def truth_for(predictions, annotations, subset, gt):
     return truth, ", ".join(sorted(names)) or "none"
 
 
+def outside(predictions, truth):
+    """Yield a warning about predictions that lie, by more than half, outside their video.
+
+    Where the truth says no duration, all of its instances span the video."""
+    odd = {}
+    unit = ""
+    for video in predictions.keys() & truth.keys():
+        a = truth[video]
+        duration = a.duration or a.segments.max(initial=0)
+        times = np.array([d["segment"] for d in predictions[video]]).reshape(-1, 2)
+        inside = times.clip(0, duration)
+        count = int(((inside[:, 1] - inside[:, 0]) < 0.5 * (times[:, 1] - times[:, 0])).sum())
+        if count and (a.duration or count == len(times)):
+            odd[video] = count
+            unit = unit or likely_unit(times.max(), duration, a.fps or 30)
+    if odd:
+        yield (f"{sum(odd.values())} predictions in {len(odd)} videos lie outside their video: "
+               f"{several(sorted(odd), 2)}{unit}")
+
+
 def odd_predictions(predictions, truth, annotations):
     """Yield warnings about predictions that no instance of the truth, or of all, can match.
 
     truth  those of the annotations that are judged"""
     stray = [video for video in predictions if video not in truth]
     silent = [video for video in truth if video not in predictions]
-    if stray or silent:
+    if stray:
         yield (f"{len(stray)} of {len(predictions)} predicted videos are not in the ground truth: "
-               f"{several(stray, 2) or '-'}; {len(silent)} of its {len(truth)} videos have no "
-               f"prediction: {several(silent, 2) or '-'}")
+               f"{several(stray, 2)}")
+    if silent:
+        yield (f"{len(silent)} of {len(truth)} videos of the ground truth have no prediction: "
+               f"{several(silent, 2)}")
+    yield from outside(predictions, truth)
     known = {label for a in annotations.values() for label in a.labels}
     labels = [d["label"] for detections in predictions.values() for d in detections]
     unknown = [label for label in labels if label not in known]

@@ -10,7 +10,9 @@ import stat
 import warnings
 import zipfile
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +23,29 @@ MOST_TEXT = 200 * 10 ** 6  # bytes of a JSON or text file; the largest published
 MOST_UNPACKED = 2 ** 31  # bytes of features read at once; a .npy file is read piece by piece
 
 
+# How files begin that are often taken for another kind, and videos.
+SIGNS = {
+    b"version https://git-lfs": "it is a Git LFS pointer, and git lfs pull brings the file",
+    b"<": "it is a web page",
+    b"\x89hdf": "it is an HDF5 file",
+}
+VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".wav", ".mp3")
+IS_VIDEO = "it is a recording, of which an extractor makes features first (README: A new video)"
+
+
 # ---- Text and JSON ------------------------------------------------------------------------------
+
+def kind_of(path):
+    """What a file is instead of what it should be, in words; "" where its first bytes do not say.
+    """
+    head = b""
+    with suppress(OSError, ValueError), open(path, "rb") as file:
+        head = file.read(64)
+    for sign, words in SIGNS.items():
+        if head.lstrip().lower().startswith(sign):
+            return words
+    return IS_VIDEO if head[4:8] == b"ftyp" else ""
+
 
 @contextmanager
 def reading(what, path, fault):
@@ -29,7 +53,7 @@ def reading(what, path, fault):
 
     Of numpy, torch and zipfile that are a dozen kinds, whose words advise to unpickle.
     what, path  the file, as the message names it
-    fault       what is wrong with it, in words, where the system does not say"""
+    fault       what is wrong with it, in words, where neither the system says it nor its kind"""
     try:
         yield
     except BadInput:
@@ -37,7 +61,7 @@ def reading(what, path, fault):
     except FileNotFoundError:
         raise BadInput(f"{what} not found: {path}") from None
     except Exception as error:
-        reason = getattr(error, "strerror", None) or fault
+        reason = getattr(error, "strerror", None) or kind_of(path) or fault
         raise BadInput(f"{what} {short(path, 200)} cannot be read: {reason}") from None
 
 
@@ -80,7 +104,7 @@ def read_json(path, what):
     except KeyError as error:
         reason = f"the key {shown(*error.args)} comes twice"
     except json.JSONDecodeError as error:
-        reason = f"{error.msg} in line {error.lineno}"
+        reason = kind_of(path) or f"{error.msg} in line {error.lineno}"
     except ValueError:
         reason = "a number has too many digits"
     raise BadInput(f"{what} {path} cannot be read as JSON: {reason}")
@@ -131,18 +155,38 @@ def write_rows(path, content):
 
 
 def append_row(path, row):
-    """Append a dict to a log of JSON lines."""
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    """Append a dict to a log of JSON lines; raises BadInput where the disk is full."""
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written: {error.strerror}") from None
+
+
+def is_row(row):
+    """Whether what a line of a log holds is a row that a run wrote."""
+    return (isinstance(row, dict) and isinstance(row.get("stage"), str)
+            and type(row.get("epoch")) is int and type(row.get("step", 0)) is int
+            and not any(isinstance(value, list | dict) for value in row.values()))
 
 
 def read_rows(path):
-    """The dicts of a log of JSON lines, [] where there is none, without a last line cut short."""
-    found = []
-    with suppress(FileNotFoundError, ValueError):
-        for line in path.read_text(errors="replace").splitlines():
-            found.append(json.loads(line))
-    return [row for row in found if isinstance(row, dict)]
+    """(the rows of a run's log, how many lines are none); a last one that was cut is not counted.
+    """
+    lines = []
+    with suppress(FileNotFoundError):
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+    rows = []
+    others = 0
+    for line in lines:
+        row = None
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+        if is_row(row):
+            rows.append(row)
+        else:
+            others += line.endswith("\n")
+    return rows, others
 
 
 # ---- Feature files ------------------------------------------------------------------------------
@@ -169,6 +213,14 @@ def load_torch(path, what):
         raise BadInput(f"{what} {path} cannot be read: its part {short(broken)} is damaged")
     with reading(what, path, "it holds no tensors alone"):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How feature files are read."""
+    key: str = "feats"  # the name of the array in .npz and .pt files
+    skip: int = 0  # leading columns that are left out
+    fill: bool = False  # whether a step that holds NaN or infinity takes the values before it
 
 
 def chosen(arrays, key, path, what):
@@ -204,123 +256,225 @@ def read_pt(path, key, what):
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def is_header(cells):
-    """Whether the first line of a .csv file names its columns: in words, or as 0, 1, 2, ..."""
+def is_header(cells, second):
+    """Whether the first line of a table names its columns: in words, or as 0, 1, 2, ... where the
+    second line has decimals."""
     numbers = []
     for cell in cells:
         with suppress(ValueError):
             numbers.append(float(cell))
-    return not numbers or len(cells) > 1 and numbers == list(range(len(cells)))
+    counted = len(cells) > 1 and numbers == list(range(len(cells)))
+    return not numbers or counted and "." in second
 
 
-def read_csv(path, key, what):
-    """The numbers of a .csv file, a line a step, without its header."""
+def open_table(path):
+    """(the open text file, what stands between its cells, the cells of its header or [])."""
+    file = open(path, encoding="utf-8-sig")  # noqa: SIM115, the caller closes it
+    first, second = file.readline(), file.readline()
+    between = max(",;\t", key=first.count)
+    cells = first.strip("\r\n").split(between)
+    header = cells if is_header(cells, second) else []
+    file.seek(0)
+    if header:
+        file.readline()
+    return file, between, header
+
+
+def odd_cell(lines, between, before):
+    """Where a table is none, in words; lines: without the `before` lines of its header."""
+    width = 0
+    for number, line in enumerate(lines, before + 1):
+        cells = line.strip("\r\n").split(between)
+        width = width or len(cells)
+        if line.strip() and len(cells) != width:
+            return f"line {number} has {len(cells)} columns, those before {width}"
+        for column, cell in enumerate(cells if line.strip() else (), 1):
+            try:
+                float(cell)
+            except ValueError:
+                return f"line {number}, column {column} is {shown(cell.strip())}, no number"
+    return NO_ARRAY
+
+
+def read_table(path, key, what):
+    """The numbers of a text file, a line a step, with commas, semicolons or tabs between them."""
     check_file(path, what, MOST_UNPACKED // 8)
-    with open(path, encoding="utf-8-sig") as file:
-        if not is_header(file.readline().split(",")):
-            file.seek(0)
-        return np.loadtxt(file, delimiter=",", ndmin=2, comments=None)
+    file, between, header = open_table(path)
+    with file:
+        start = file.tell()
+        try:
+            return np.loadtxt(file, delimiter=between, ndmin=2, comments=None)
+        except ValueError:
+            file.seek(start)
+            fault = kind_of(path) or odd_cell(file, between, int(bool(header)))
+    raise BadInput(f"{what} {path} cannot be read: {fault}")
 
 
-READERS = {".npy": read_npy, ".npz": read_npz, ".pt": read_pt, ".pth": read_pt, ".csv": read_csv}
+def columns_of(source):
+    """What the header of a table of features calls its columns; [] of another source."""
+    if isinstance(source, np.ndarray) or READERS.get(source.suffix) is not read_table:
+        return []
+    file, _, header = open_table(source)
+    file.close()
+    return header
+
+
+READERS = {".npy": read_npy, ".npz": read_npz, ".pt": read_pt, ".pth": read_pt,
+           ".csv": read_table, ".tsv": read_table}
 NO_ARRAY = "it is damaged, pickled or of another kind"
 
 
-def read_features(source, key, name):
+@np.errstate(over="ignore", invalid="ignore")  # what is wrong is said
+def bad_steps(feats):
+    """Which steps hold NaN, infinity or what float32 cannot hold -> (T,) bool."""
+    parts = (feats[first:first + 4096] for first in range(0, len(feats), 4096))
+    return np.concatenate([~np.isfinite(np.array(x, np.float32)).all(1) for x in parts])
+
+
+def filled(feats, bad):
+    """Features (T, D) with the values of the step before, or else after, at the bad steps (T,)."""
+    good = np.nonzero(~bad)[0]
+    before = np.searchsorted(good, np.arange(len(bad)), side="right") - 1
+    return np.asarray(feats)[good[before.clip(0)]]
+
+
+def read_features(source, how, name):
     """Features (T, D), memory-mapped where possible, read without executing anything.
 
-    source  a file .npy, .npz, .pt or .csv, or an array
-    key     the name of the array in .npz and .pt files
+    source  a file .npy, .npz, .pt, .csv or .tsv, or an array
+    how     a Reading
     Raises BadInput if the file is missing, truncated, pickled, of another shape or empty."""
-    if isinstance(source, np.ndarray):
-        where, feats = f"video {short(name)}: the array", source
-    else:
+    where = place_of(source, name)
+    feats = source
+    if not isinstance(source, np.ndarray):
         what = f"video {short(name)}: feature file"
-        where = f"{what} {source}"
         check_file(source, what)
         suffix = Path(source).suffix
         if suffix not in READERS:
-            raise BadInput(f"{where} is of no kind that is read: {', '.join(READERS)} "
-                           "(--extension)")
+            reason = IS_VIDEO if suffix.lower() in VIDEOS else kind_of(source)
+            raise BadInput(f"{where} is of no kind that is read, {', '.join(READERS)} "
+                           f"(--extension){reason and '; '}{reason}")
         with reading(what, source, NO_ARRAY), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below
-            feats = READERS[suffix](source, key, what)
+            feats = READERS[suffix](source, how.key, what)
     if feats.ndim != 2 or 0 in feats.shape or feats.dtype.kind not in "fiu":
         raise BadInput(f"{where} must hold real numbers of shape (T, D), not "
                        f"{short(feats.dtype)} {short(feats.shape)}")
+    if feats.shape[1] <= how.skip:
+        raise BadInput(f"{where} has {feats.shape[1]} columns, and --skip-columns {how.skip} "
+                       "leaves none")
+    feats = feats[:, how.skip:]
+    if how.fill:
+        bad = bad_steps(feats)
+        feats = filled(feats, bad) if bad.any() and not bad.all() else feats
     return feats
+
+
+def place_of(source, name):
+    """A video's features as a message names them."""
+    if isinstance(source, np.ndarray):
+        return f"video {short(name)}: the array"
+    return f"video {short(name)}: feature file {source}"
 
 
 # ---- What is known of a file --------------------------------------------------------------------
 
-@np.errstate(over="ignore", invalid="ignore")  # what is wrong is said
-def sum_features(source, key, name):
-    """(steps, mean (D,), spread (D,)) of a video's features: the sum of squares about the mean.
+class Sums(NamedTuple):
+    """What is known of a video's features."""
+    steps: int
+    mean: np.ndarray  # (D,)
+    spread: np.ndarray  # (D,), the sum of squares about the mean
+    gaps: int  # steps that were filled
 
-    Raises BadInput for NaN, infinity, and what float32 cannot hold."""
-    feats = read_features(source, key, name)
+
+def sum_features(source, how, name):
+    """The Sums of a video's features; how: a Reading.
+
+    Raises BadInput for NaN, infinity, and what float32 cannot hold, unless they are to be filled.
+    """
+    feats = read_features(source, replace(how, fill=False), name)
+    bad = bad_steps(feats)
+    if bad.all() or bad.any() and not how.fill:
+        step = bad.argmax()
+        channel = bad_steps(feats[step][:, None]).argmax()
+        value = feats[step, channel]
+        beyond = ", which float32 cannot hold," if np.isfinite(value) else ""
+        raise BadInput(f"{place_of(source, name)} holds {value}{beyond} at step {step}, channel "
+                       f"{channel}; {bad.sum()} of its {len(bad)} steps hold such (--fill-gaps "
+                       "gives them the values of the step before)")
+    if bad.any():
+        feats = filled(feats, bad)
     steps = len(feats)
     origin = np.array(feats[0], dtype=np.float64)  # far from 0 squares would swallow the variance
     total = square = 0
     for first in range(0, steps, 4096):  # a long video is never held as a whole
-        part = np.array(feats[first:first + 4096], dtype=np.float64)
-        wrong = np.argwhere(~np.isfinite(part.astype(np.float32)))
-        if len(wrong):
-            step, channel = wrong[0]
-            raise BadInput(f"video {short(name)}: feature file {source} holds "
-                           f"{part[step, channel]} at step {first + step}, channel {channel}")
-        part -= origin
+        part = np.array(feats[first:first + 4096], dtype=np.float64) - origin
         total += part.sum(0)
         square += (part ** 2).sum(0)
-    return steps, origin + total / steps, np.maximum(square - total ** 2 / steps, 0)
+    spread = np.maximum(square - total ** 2 / steps, 0)
+    return Sums(steps, origin + total / steps, spread, int(bad.sum()))
 
 
-def memory_of(source, key):
+def memory_of(source, how):
     """The file, in the user's cache, that remembers sum_features() of a feature file."""
-    name = hashlib.sha256(os.fsencode(f"{os.path.abspath(source)}\n{key}")).hexdigest()
+    name = hashlib.sha256(os.fsencode(f"{os.path.abspath(source)}\n{how}")).hexdigest()
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache, "apl", f"{name[:32]}.npz")
 
 
-def sum_once(source, key, name):
+def remembered(memory, state):
+    """The Sums in a file of the cache; None if it is of another state, or odd in any way."""
+    with suppress(Exception), np.load(memory, allow_pickle=False) as known:
+        row = known["row"]
+        steps, gaps, *rest = row[len(state):]
+        mean, spread = np.split(np.array(rest), 2)
+        sound = str(known["digest"]) == digest_of(row) and np.array_equal(row[:len(state)], state)
+        if sound and np.isfinite(row).all():
+            return Sums(int(steps), mean, spread, int(gaps))
+    return None
+
+
+def digest_of(row):
+    """What tells that a row of numbers was changed."""
+    return hashlib.sha256(row.tobytes()).hexdigest()
+
+
+def sum_once(source, how, name):
     """sum_features(), of a file remembered until its size, or the times of its content and of its
     entry, are others.
 
     A memory that cannot be read or written is none: it would only have saved time."""
     if isinstance(source, np.ndarray) or not os.path.isfile(source):
-        return sum_features(source, key, name)
+        return sum_features(source, how, name)
     now = os.stat(source)
     state = np.array([now.st_size, now.st_mtime_ns, now.st_ctime_ns], dtype=np.float64)
-    memory = memory_of(source, key)
-    if os.path.lexists(memory) and not stat.S_ISREG(os.lstat(memory).st_mode):  # a link: not ours
-        return sum_features(source, key, name)
-    with suppress(Exception), np.load(memory, allow_pickle=False) as known:  # an archive: checksums
-        row = known["row"]
-        if np.array_equal(row[:3], state) and np.isfinite(row).all():
-            return int(row[3]), *np.split(row[4:], 2)
-    sums = sum_features(source, key, name)
-    if is_first():
-        with suppress(OSError):
+    memory = memory_of(source, how)
+    ours = not memory.is_symlink() and (memory.is_file() or not memory.exists())
+    known = remembered(memory, state) if ours else None
+    sums = known or sum_features(source, how, name)
+    if ours and not known and is_first():
+        row = np.hstack([state, sums.steps, sums.gaps, sums.mean, sums.spread])
+        with suppress(OSError, BadInput):
             memory.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(memory, row=np.hstack([state, *sums]))
+            write_atomically(memory, lambda file: np.savez(file, row=row, digest=digest_of(row)))
     return sums
 
 
-def sum_all(sources, key):
+def sum_all(sources, how):
     """({id: sum_once()}, {id: BadInput}) of all sources; a video that is bad is in the second."""
     sums = {}
     faults = {}
     for name, source in sources.items():
         try:
-            sums[name] = sum_once(source, key, name)
+            sums[name] = sum_once(source, how, name)
         except BadInput as fault:
             faults[name] = fault
     return sums, faults
 
 
 def statistics(sums):
-    """Mean and std (D,) over all videos of their (steps, mean, spread); a std of 0 becomes 1."""
-    steps, means, spreads = (np.array(column) for column in zip(*sums))
+    """Mean and std (D,) over all videos of their Sums; a std of 0 becomes 1."""
+    steps, means, spreads, _ = (np.array(column) for column in zip(*sums))
     share = (steps / steps.sum())[:, None]
     mean = (share * means).sum(0)
     variance = spreads.sum(0) / steps.sum() + (share * (means - mean) ** 2).sum(0)
@@ -328,9 +482,9 @@ def statistics(sums):
     return mean, np.where(std > 1e-6, std, 1)
 
 
-def fingerprint_of(steps, mean, spread):
-    """[T, mean, spread] of a video's features: what changes when they do, or their order.
+def fingerprint_of(sums):
+    """[T, mean, spread] of a video's Sums: what changes when its features do, or their order.
 
     Each channel has a weight of its own, so that channels that changed places are seen."""
-    weight = np.linspace(1, 2, len(mean))
-    return [steps, float(weight @ mean), float(weight @ spread)]
+    weight = np.linspace(1, 2, len(sums.mean))
+    return [sums.steps, float(weight @ sums.mean), float(weight @ sums.spread)]

@@ -271,7 +271,11 @@ def read_video_scores(path):
             scores = dict(zip(map(str, names), scores))
         if not isinstance(scores, dict) or not scores:
             raise BadInput(f"{where} it must hold a score for each class, not {shown(scores)}")
-        return {label: number(score, where, "a score") for label, score in scores.items()}
+        found = {label: number(score, where, "a score") for label, score in scores.items()}
+        if min(found.values()) < 0:
+            raise BadInput(f"{where} a score must not be negative, as {min(found.values()):g} is: "
+                           "probabilities are expected, no logits")
+        return found
 
     return read_each(content["results"], read, f"score file {path}")
 
@@ -293,7 +297,7 @@ def with_video_scores(results, scores_of):
     for video, detections in results.items():
         scores = scores_of.get(video) or scores_of.get(f"v_{video}", {})
         best = sorted(scores, key=scores.get, reverse=True)[:2]
-        named = [d | {"label": label, "score": math.sqrt(d["score"] * max(scores[label], 0))}
+        named = [d | {"label": label, "score": math.sqrt(d["score"] * scores[label])}
                  for d in detections for label in best]
         found[video] = sorted(named, key=lambda d: -d["score"])
     return found
@@ -350,11 +354,17 @@ def json_text(found):
     return json.dumps(result_format(found, {}), indent=1)
 
 
+def as_cell(text):
+    """A text as a cell of a table, in which a spreadsheet finds no formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def csv_text(found):
     """The text of a .csv file of the actions of videos."""
     rows = [("video", "start", "end", "label", "score")]
     for video, actions in found.items():
-        rows += [(video, *a["segment"], a["label"], a["score"]) for a in actions]
+        rows += [(as_cell(video), *a["segment"], as_cell(a["label"]), a["score"])
+                 for a in actions]
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     return text.getvalue()
@@ -366,7 +376,7 @@ def srt_text(found):
     in_time = sorted(actions, key=lambda a: a["segment"])
     return "\n".join(
         f"{number}\n{subtitle_clock(a['segment'][0])} --> {subtitle_clock(a['segment'][1])}\n"
-        f"{a['label']} {a['score']:.2f}\n" for number, a in enumerate(in_time, 1))
+        f"{' '.join(a['label'].split())} {a['score']:.2f}\n" for number, a in enumerate(in_time, 1))
 
 
 TEXTS = {".json": json_text, ".csv": csv_text, ".srt": srt_text}

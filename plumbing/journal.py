@@ -122,4 +122,5 @@ def farewell(run):
         run_extra(run, "viewer")
     say(f"to look at: {out}/page.html" if s.page else f"results: {out}")
     say(f"a new video: {s.EVALUATE} --checkpoint {out} --features video.npy")
-    warn(run.data.warnings)
+    if run.data.warnings:
+        say(f"{len(run.data.warnings)} warning(s) stand above")

@@ -113,6 +113,8 @@ def pick_device(name):
             torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+        if reason.startswith("Expected one of"):  # two dozen kinds
+            reason = "there is no such kind; there are auto, cpu, cuda, mps and others of torch"
         raise BadInput(f"--device {name} cannot be used here: {reason}") from None
     return name
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from plumbing.files import append_row, read_rows, write_rows
-from plumbing.processes import leave_processes, process_count, sum_of_all
-from plumbing.words import BadInput, complain, is_first, say
+from plumbing.processes import leave_processes, process_count, rows_of_all
+from plumbing.words import BadInput, complain, is_first, say, warn
 
 # ---- Signals and errors -------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ class Stop:
 
 
 def on_signals(stop):
-    """Let Ctrl-C and SIGTERM fill a Stop -> what they did before, {signal: handler}.
+    """Let Ctrl-C, SIGTERM and SIGHUP fill a Stop -> what they did before, {signal: handler}.
 
     Raises Stopped where no step is under way, and at the second signal. What the shell ignores,
     as under nohup, stays ignored."""
@@ -48,24 +48,32 @@ def on_signals(stop):
             raise Stopped
     if threading.current_thread() is not threading.main_thread():
         return {}  # Python sets handlers there alone
-    heard = [number for number in (signal.SIGINT, signal.SIGTERM)
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
              if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handle) for number in heard}
 
 
 def asked_to_stop(stop, device):
     """Whether a signal has reached this process, or another that shares the batch."""
-    if process_count() == 1:
-        return stop.signal > 0
-    return bool(sum_of_all(torch.tensor(float(stop.signal), device=device)))
+    if process_count() > 1:
+        signals = rows_of_all(torch.tensor([float(stop.signal)], device=device))
+        stop.signal = int(signals.max())
+    return stop.signal > 0
+
+
+def lost_another(error):
+    """Whether an error is that another process which shares the batch is gone."""
+    said = str(error).lower()
+    return process_count() > 1 and any(word in said for word in ("gloo", "nccl", "connection"))
 
 
 @contextmanager
 def guard(unsaved=""):
     """A command's signals and errors -> a Stop, whose `code` is the exit code afterwards.
 
-    2 for bad input, 130 after Ctrl-C, 143 after SIGTERM, each with a sentence; what is no error of
-    input is raised. Other processes may wait for one that failed: torchrun ends them.
+    2 for bad input, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, each with a sentence;
+    what is no error of input is raised. Others may wait for a process that failed: torchrun ends
+    them.
     unsaved  how the sentence ends where nothing is saved"""
     stop = Stop()
     before = on_signals(stop)
@@ -81,11 +89,14 @@ def guard(unsaved=""):
         stop.code = 2
         complain(f"{error}{'' if isinstance(error, Diverged) else stop.way_on}")
     except (MemoryError, RuntimeError) as error:
+        what = "the memory is too small: lower --batch or --max-steps"
         if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
+            if not lost_another(error):
+                raise
+            what = "another process of the run has ended"
         stop.code = 2
-        way_on = stop.way_on or unsaved
-        complain(f"the memory is too small: lower --batch or --max-steps{way_on}")
+        if is_first():
+            complain(f"{what}{stop.way_on or unsaved}")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -184,11 +195,17 @@ class Folder:
     def cut_log(self, at, stages):
         """Of the log of a resumed run keep the rows up to its checkpoint's Progress `at`.
 
-        A run that was killed at its first save has them in the checkpoint alone."""
+        A run that was killed at its first save has them in the checkpoint alone. Rows that no run
+        wrote are left out, which a warning counts."""
         path = self.path / "log.jsonl"
         reached = stages.index(at.stage), at.epoch + (at.done > 0), at.step
+        found, others = read_rows(path)
+        ours = [row for row in self.rows or found if row["stage"] in stages]
+        others += len(self.rows or found) - len(ours)
+        if others:
+            warn([f"{path}: {others} lines are no rows of a run, and left out"])
         write_rows(path, [
-            row for row in self.rows or read_rows(path)
+            row for row in ours
             if (stages.index(row["stage"]), row["epoch"], row.get("step", 0)) <= reached])
         self.rows = []
 
@@ -215,11 +232,11 @@ class Pace:
         self.total = epochs * steps  # steps of the stage
         self.whole = sum(map(math.prod, rest)) / cost  # and of those after it, at its pace
         self.first = step
-        self.since = time.time()
+        self.since = time.monotonic()  # a clock that is set does not matter
 
     def seconds(self, step):
         """Seconds a step, `step` being done now."""
-        return (time.time() - self.since) / max(step - self.first, 1)
+        return (time.monotonic() - self.since) / max(step - self.first, 1)
 
     def time_left(self, step):
         """How long the whole run still takes at this pace, in words."""

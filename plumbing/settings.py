@@ -5,13 +5,15 @@ the field stands in says from which stage on it matters (`since`, "run" if it ch
 and under which heading --help lists it (`heading`).
 """
 import argparse
-from dataclasses import dataclass, fields
+import sys
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Annotated
 
 import numpy as np
 
-from plumbing.words import BadInput, short, shown
+from plumbing.files import Reading
+from plumbing.words import BadInput, nearest, short, shown
 
 # ---- Kinds of settings: each makes a field's type of the comment on it --------------------------
 
@@ -35,8 +37,8 @@ def number(kind, least, most, words):
     return lambda comment: Annotated[kind, comment, least, most, words]
 
 
-Share = number(float, 0, 1, "a share")
-ShareBelow1 = number(float, 0, 0.999, "a share below 1")
+Share = number(float, 0, 1, "from 0 to 1")
+ShareBelow1 = number(float, 0, 0.999, "from 0 to 0.999")
 Similarity = number(float, -1, 1, "from -1 to 1")
 NotNegative = number(float, 0, 1e12, "not negative")
 Positive = number(float, 1e-12, 1e12, "positive")
@@ -114,6 +116,15 @@ def settings_from(found, kind, where):
     raise BadInput(f"{where} is not of this version: {fault}")
 
 
+def changed(s, changes):
+    """Settings with changes {name: value}; raises BadInput for a name that is none."""
+    names = [f.name for f in fields(s)]
+    for name in changes:
+        if name not in names:
+            raise BadInput(f"{short(name)} is no setting{nearest(name, names)}")
+    return replace(s, **changes)
+
+
 # ---- Files and runs -----------------------------------------------------------------------------
 
 SPLITS = ("", "uniform", "stratified")
@@ -133,8 +144,10 @@ class FileSettings(CheckedSettings):
         "folder whose feature files without an annotation entry are unlabelled videos, or none; "
         "not set: of own data the feature folder") = ""
     prefix: Text("what stands before a video's id in its feature file's name") = ""
-    extension: Text("what stands after it: .npy, .npz, .pt or .csv") = ".npy"
+    extension: Text("what stands after it: .npy, .npz, .pt, .csv or .tsv") = ".npy"
     feature_key: Text("name of the array in .npz and .pt files") = "feats"
+    skip_columns: Whole("leading columns of the feature files that are left out, as a clock") = 0
+    fill_gaps: Flag("a step that holds NaN or infinity takes the values of the step before") = False
     missing: OneOf(("error", "skip"), "what a video without a feature file does") = "error"
     trust_grid: Flag("go on where the features span another time than the annotations say") = False
     test_subset: Text("subset of the test videos; none: no test") = "validation"
@@ -144,6 +157,10 @@ class FileSettings(CheckedSettings):
     audit: Flag("report the pseudo labels' quality; reads hidden labels for this only") = False
     weights: OneOf(("ema", "raw"), "weights that are reported first [J]") = "ema"
     device: Text("auto, cpu, cuda, ...") = "auto"
+
+    def reading(self):
+        """How the feature files are read."""
+        return Reading(self.feature_key, self.skip_columns, self.fill_gaps)
 
 
 @dataclass(frozen=True)
@@ -167,11 +184,22 @@ class RunSettings(CheckedSettings):
 # ---- The command line ---------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence."""
+    """An argument parser whose errors are one sentence, and to which _ is -."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """What argparse has, of flags with - in the place of _."""
+        words = []
+        for word in map(str, sys.argv[1:] if args is None else args):
+            name, *value = word.split("=", 1) if word.startswith("--") else [word]
+            name = name.replace("_", "-") if word.startswith("--") else name
+            words.append("=".join([name, *value]))
+        return super().parse_known_args(words, namespace)
 
     def error(self, message):
-        """Raises BadInput."""
-        raise BadInput(f"{message}; --help lists every setting")
+        """Raises BadInput, which names the flag that is most like an unknown one."""
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        like = nearest(unknown.split()[0], self._option_string_actions) if unknown else ""
+        raise BadInput(f"{message}{like}; --help lists every setting")
 
 
 def flag(name):

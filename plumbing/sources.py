@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from plumbing import forms
-from plumbing.files import READERS
+from plumbing.files import READERS, VIDEOS
 from plumbing.settings import SPLITS
 from plumbing.toy import toy_videos
 from plumbing.words import BadInput, several, short, shown
@@ -78,21 +78,32 @@ def locate(s):
 
 
 def feature_file(folder, name, s):
-    """The feature file of a video id, which may name sub-folders; raises BadInput for a way out."""
+    """The feature file of a video id, which may name sub-folders, and end as its recording does.
+
+    Raises BadInput for a way out."""
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise BadInput(f"the video id {shown(name)} leads out of the feature folder {folder}")
-    return Path(folder, path.parent, f"{s.prefix}{path.name}{s.extension}")
+    file = Path(folder, path.parent, f"{s.prefix}{path.name}{s.extension}")
+    if path.suffix.lower() in VIDEOS and not os.path.lexists(file):
+        return Path(folder, path.parent, f"{s.prefix}{path.stem}{s.extension}")
+    return file
+
+
+def is_hidden(path):
+    """Whether a path is of what systems leave beside files."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def feature_ids(folder, s):
     """{id: file} of the feature files in a folder and its sub-folders."""
     found = {}
     for file in sorted(Path(folder).rglob(f"*{s.extension}")):
+        place = file.relative_to(folder)
         name = file.name.removesuffix(s.extension)
         bare = name.removeprefix(s.prefix)
-        if bare and name.startswith(s.prefix):
-            found[file.relative_to(folder).with_name(bare).as_posix()] = file
+        if bare and name.startswith(s.prefix) and not is_hidden(place):
+            found[place.with_name(bare).as_posix()] = file
     return found
 
 
@@ -101,6 +112,9 @@ def read_dataset(s):
     if s.dataset == "toy":
         return Chosen("toy", *toy_videos(s.seed))
     path, folder = locate(s)
+    if not path.exists():
+        raise BadInput(f"annotation file not found: {path} (--dataset names it, and --features the "
+                       "folder of its features)")
     entries = forms.read_annotations(path, s.ignore_labels, s.fps)
     return Chosen(path, entries, {name: feature_file(folder, name, s) for name in entries})
 
@@ -130,8 +144,9 @@ def take_files_without_entry(chosen, s):
     """
     own, named = s.dataset not in LAYOUTS, s.unlabelled_features not in ("", "none")
     folder = s.unlabelled_features if named else locate(s)[1]
+    taken = set(chosen.sources.values())
     loose = {name: file for name, file in feature_ids(folder, s).items()
-             if name not in chosen.entries}
+             if name not in chosen.entries and file not in taken}
     if named and not loose:
         raise BadInput(f"--unlabelled-features {short(folder, 150)} holds no file {s.prefix}<id>"
                        f"{s.extension} without an annotation entry")
@@ -165,7 +180,7 @@ def hint_at_files(folder, name):
             hint = f"--prefix {short(bare.removesuffix(stem))}"
         elif stem.endswith(bare):
             hint = f"the ids have the prefix {short(stem.removesuffix(bare))}, the files not"
-        if hint and file.suffix in READERS:
+        if hint and file.suffix in READERS and not is_hidden(Path(file.name)):
             hints.append((max(len(bare), len(stem)), f"; there is {short(file.name)}: {hint}"))
     return min(hints, default=(0, ""))[1]
 
@@ -204,6 +219,28 @@ def find_truth(chosen, s):
                                "they are predicted, but not in the mAP")
 
 
+def check_scores(chosen, s):
+    """Let external scores fit the test videos and their classes; raises BadInput where none does.
+
+    What some lack is a warning."""
+    if not s.ext_scores:
+        return
+    scores = forms.read_video_scores(s.ext_scores)
+    named = {label for of_video in scores.values() for label in of_video}
+    classes = {label for a in chosen.truth.values() for label in a.labels}
+    videos = scores.keys() | {name.removeprefix("v_") for name in scores}
+    for what, wanted, known in (("test videos", chosen.test.keys(), videos),
+                                ("classes of the test videos", classes, named)):
+        lacking = sorted(wanted - known)
+        if not lacking:
+            continue
+        told = (f"score file {s.ext_scores} has no scores of {len(lacking)} of {len(wanted)} "
+                f"{what}: {several(lacking)}")
+        if len(lacking) == len(wanted):
+            raise BadInput(told)
+        chosen.warnings.append(told)
+
+
 def forget_classes(chosen, s):
     """One class for all, where the settings say so; the truth has others for external scores."""
     if s.one_class:
@@ -219,6 +256,7 @@ def choose_test_data(s):
     chosen.test = chosen.subset(s.test_subset, "--subset")
     drop_missing(chosen, s)
     find_truth(chosen, s)
+    check_scores(chosen, s)
     forget_classes(chosen, s)
     return chosen
 
@@ -245,6 +283,7 @@ def choose_training_data(s):
         take_files_without_entry(chosen, s)
     drop_missing(chosen, s)
     find_truth(chosen, s)
+    check_scores(chosen, s)
     forget_classes(chosen, s)
     return chosen
 
@@ -254,7 +293,8 @@ def feature_files(path):
     path = Path(path)
     if not path.is_dir():
         return {path.stem: path}
-    files = [file for file in sorted(path.rglob("*")) if file.suffix in READERS]
+    files = [file for file in sorted(path.rglob("*"))
+             if file.suffix in READERS and not is_hidden(file.relative_to(path))]
     found = {file.relative_to(path).with_suffix("").as_posix(): file for file in files}
     if len(found) < len(files) or not files:
         raise BadInput(f"{path} must hold one feature file a video ({', '.join(READERS)})")

@@ -14,17 +14,22 @@ def stratify(order, labels, count):
     """`count` of the ids `order`, each time the one with the most classes not yet drawn.
 
     labels: {id: set of classes}. When every class that is left has been drawn, a round begins."""
-    order = list(order)
+    classes = sorted(set().union(*labels.values()))
+    has = np.array([[label in labels[name] for label in classes] for name in order], dtype=bool)
+    whole = has.sum(1)  # classes of a video; -1 of one that is chosen
+    new = whole.copy()  # of them, those not yet drawn
+    covered = np.zeros(len(classes), dtype=bool)
     chosen = []
-    covered = set()
     while len(chosen) < count:
-        best = max(order, key=lambda name: len(labels[name] - covered))
-        if covered and not labels[best] - covered:
-            covered = set()
+        best = new.argmax()
+        if covered.any() and new[best] == 0:
+            covered[:] = False
+            new = whole.copy()
             continue
-        order.remove(best)
-        chosen.append(best)
-        covered |= labels[best]
+        chosen.append(order[best])
+        new -= has[:, has[best] & ~covered].sum(1)
+        covered |= has[best]
+        new[best] = whole[best] = -1
     return chosen
 
 

@@ -1,4 +1,5 @@
 """Words for people: values from outside as messages show them, lines on a terminal, BadInput."""
+import difflib
 import os
 import reprlib
 import sys
@@ -26,6 +27,12 @@ def shown(value):
     writer = reprlib.Repr()
     writer.maxstring = writer.maxother = writer.maxlong = 60
     return printable(writer.repr(value))
+
+
+def nearest(word, words):
+    """"; do you mean X?" where a word is like one of some; else ""."""
+    found = difflib.get_close_matches(word.lower(), {w.lower(): w for w in words}, 1)
+    return f"; do you mean {found[0]}?" if found else ""
 
 
 def several(names, most=5):
