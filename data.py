@@ -197,10 +197,10 @@ class LabelledVideo(Video):
         return first <= last
 
     def in_a_crop(self, s):
-        """Which instances some crop can hold, so that they teach -> (N,) bool."""
-        at_the_left = self.segments - self.segments[:, :1] - self.grid.frames / 2 / self.grid.stride
-        return crop_segments(
-            at_the_left, self, 0, min(self.steps, s.max_steps), s.crop_keep)[1]
+        """Which instances are not too long for a crop to hold enough of them -> (N,) bool."""
+        length = self.segments.diff()[:, 0]
+        longest_crop = s.max_steps + self.grid.frames / self.grid.stride
+        return (s.crop_keep * length <= longest_crop) | (self.steps <= s.max_steps)
 
 
 def blind(video):

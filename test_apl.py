@@ -1,16 +1,18 @@
 """The companion of the paper: Eq. (1) to (12), each checked by hand, by a loop or by a limit.
 
-In the paper's order: Sec. 3.1, ALQA, Eq. (1)-(6); Sec. 3.2, ICD, Eq. (7)-(10); Sec. 3.3, ACP,
-Eq. (11) and Fig. S1; Eq. (12). Then what they stand on, the detector [62]; then the reference
-outputs of the public tools, skipped where ../shared is absent, and Tab. S6. All else: tests/.
+In the paper's order. Then what they stand on, the detector [62]; then the reference outputs of
+the public tools, skipped where ../shared is absent, and Tab. S6. All else: tests/.
 """
 import json
 import math
+from functools import partial
+from itertools import permutations, product
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import allclose, tensor
 
 import acp
 import alqa
@@ -23,18 +25,10 @@ from plumbing.forms import read_predictions
 from tests import conftest
 from tests.helpers import SHARED, detections, generator, needs_shared, settings, small_detector
 
-# Fixtures.
-seeded = conftest.seeded
-tiny = conftest.tiny
-
-# Segments and labels of a video.
-SOME = (torch.tensor([[2.0, 9.0]]), torch.tensor([1]))
+seeded, tiny = conftest.seeded, conftest.tiny  # fixtures
+SOME = (tensor([[2.0, 9.0]]), tensor([1]))  # segments and labels of a video
 NOTHING = (torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
-
-
-def valid(*shape):
-    """A mask without padding."""
-    return torch.ones(*shape, dtype=torch.bool)
+valid = partial(torch.ones, dtype=torch.bool)  # a mask without padding
 
 
 def outputs(B, T, detector=None):
@@ -44,36 +38,39 @@ def outputs(B, T, detector=None):
 
 def targets(points, *videos):
     """The targets of videos of 3 classes."""
-    segments, labels = zip(*videos)
-    return model.assign_targets(points, segments, labels, 3, 1.5)
+    return model.assign_targets(points, *zip(*videos), 3, 1.5)
+
+
+def gradients(loss, *inputs):
+    return torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True)
 
 
 def bce(p, y):
-    """The binary cross-entropy of two numbers."""
     return -(y * math.log(p) + (1 - y) * math.log(1 - p))
 
 
-# ---- Sec. 3.1, ALQA: Eq. (1) to (5), the losses -------------------------------------------------
+# ---- Sec. 3.1, ALQA: Eq. (1) to (6) -------------------------------------------------------------
 
-def test_eq_1_by_hand_and_its_limits():
-    a, b = torch.tensor([[1.0, 3.0], [2.0, 2.0]])  # seen from 0, of [-1, 3] and [-2, 2]
+def test_eq_1_with_its_tiou_and_tnd_by_hand_and_its_limits():
+    a, b = tensor([[0.0, 4]]), tensor([[2.0, 6], [10, 12], [0, 4], [1, 1]])
+    assert allclose(model.tiou(a, b), tensor([2 / 6, 0, 1, 0]))
+    assert allclose(model.tnd(a, b), tensor([4 / 36, 81 / 144, 0, 1 / 16]))
+    assert model.tiou(torch.zeros(2), torch.zeros(2)) == 0
+    a, b = torch.rand(50, 1, 2).cumsum(-1), torch.rand(1, 60, 2).cumsum(-1)
+    assert np.allclose(model.tiou(a.numpy(), b.numpy()), model.tiou(a, b).numpy())
+    a, b = tensor([[1.0, 3.0], [2.0, 2.0]])  # seen from 0, of [-1, 3] and [-2, 2]
     assert float(alqa.diou_loss(a, b)) == pytest.approx(1 - 3 / 5 + 1 ** 2 / 5 ** 2)
     assert float(alqa.diou_loss(a, a)) == 0
     p, q = 10 * torch.rand(2, 1000, 2)
-    _, tND = alqa.tiou_and_tnd(p, q)
-    assert tND.max() <= 0.25  # since they share a point
+    assert alqa.tiou_and_tnd(p, q)[1].max() <= 0.25  # tND, since they share a point
     assert alqa.diou_loss(p, q).min() >= 0
 
 
-def test_eq_2_by_hand():
-    branches = model.QualityBranches(4, "tiou+tnd", -2.0)
-    h = torch.randn(1, 3, 4)
+def test_eq_2_by_hand_and_where_the_joint_score_and_both_offsets_start_with_a_gradient():
+    branches, h = model.QualityBranches(4, "tiou+tnd", -2.0), torch.randn(1, 3, 4)
     for P, conv in zip(branches(h, valid(1, 3)), (branches.tiou, branches.tnd)):
         logit = (conv.weight[:, 0] * h[0]).sum() + conv.bias  # in the middle, which sees all steps
-        assert torch.allclose(P[0, 1], torch.sigmoid(logit), atol=1e-6)
-
-
-def test_the_heads_start_where_the_joint_score_and_both_offsets_have_a_gradient():
+        assert allclose(P[0, 1], torch.sigmoid(logit), atol=1e-6)
     out = outputs(2, 20)
     assert (out.p_tiou - out.p_tnd).min() > 0.1
     out = small_detector(offset_bias=1.0)(0.1 * torch.randn(2, 40, 6), valid(2, 40))
@@ -83,79 +80,62 @@ def test_the_heads_start_where_the_joint_score_and_both_offsets_have_a_gradient(
     assert "quality.tnd.weight" not in dict(small_detector(alqa="diou").named_parameters())
 
 
-def test_eq_3_by_hand_and_that_kl_is_another_loss():
-    P_tiou, P_tnd, tIoU, tND = torch.tensor([[0.8], [0.3], [0.6], [0.1]])
+def test_eq_3_by_hand_and_that_kl_is_another_loss_and_both_are_least_at_the_target():
+    P_tiou, P_tnd, tIoU, tND = tensor([[0.8], [0.3], [0.6], [0.1]])
     P_tiou.requires_grad_()
     L_quality, L_kl = (alqa.quality_loss(P_tiou, P_tnd, tIoU, tND, "tiou+tnd", form).sum()
                        for form in ("bce", "kl"))
     assert float(L_quality.detach()) == pytest.approx(bce(0.8, 0.6) + bce(0.3, 0.1))
-    gradients = [torch.autograd.grad(loss, P_tiou)[0] for loss in (L_quality, L_kl)]
-    assert not torch.allclose(*gradients, rtol=0.1)
+    assert not allclose(*gradients(L_quality, P_tiou), *gradients(L_kl, P_tiou), rtol=0.1)
+    p, zero = torch.linspace(0.01, 0.99, 99), torch.zeros(99)
+    for form, branch in product(("bce", "kl"), ("tiou", "diou")):
+        tND, target = {"tiou": (0.0, 0.7), "diou": (0.2, 0.5)}[branch]
+        loss = alqa.quality_loss(p, zero, zero + 0.7, zero + tND, branch, form)
+        assert float(p[loss.argmin()]) == pytest.approx(target, abs=0.011), (form, branch)
 
 
-@pytest.mark.parametrize("form", ["bce", "kl"])
-@pytest.mark.parametrize(("branch", "tND", "target"), [("tiou", 0.0, 0.7), ("diou", 0.2, 0.5)])
-def test_eq_3_is_least_at_the_target(form, branch, tND, target):
-    p = torch.linspace(0.01, 0.99, 99)
-    tIoU, tND = torch.full((99,), 0.7), torch.full((99,), tND)
-    loss = alqa.quality_loss(p, torch.zeros(99), tIoU, tND, branch, form)
-    assert float(p[loss.argmin()]) == pytest.approx(target, abs=0.011)
-
-
-def test_eq_4_by_hand():
-    p_cls = torch.tensor([[0.5, 0.2], [0.5, 0.2]])
-    P = alqa.joint_score(p_cls, torch.tensor([0.9, 0.1]), torch.tensor([0.1, 0.4]), 1e-6)
-    assert torch.allclose(P, torch.tensor([[0.4, 0.16], [0.5e-6, 0.2e-6]]))  # 0.1 - 0.4: clamped
-
-
-def test_eq_5_by_hand():
-    onehot = torch.tensor([[1.0, 0.0]])
-    Y = alqa.soft_label(onehot, torch.tensor([0.8]), torch.tensor([0.1]), "tiou+tnd", 1e-6)
-    assert torch.allclose(Y, torch.tensor([[0.7, 0.0]]))
-    p_cls, p_tiou, p_tnd = torch.tensor([[0.5, 0.25]]), torch.tensor([0.9]), torch.tensor([0.1])
+def test_eq_4_and_eq_5_by_hand_and_that_eq_5_is_least_at_the_soft_label_and_focal_loss_is_not():
+    p_cls = tensor([[0.5, 0.2], [0.5, 0.2]])
+    P = alqa.joint_score(p_cls, tensor([0.9, 0.1]), tensor([0.1, 0.4]), 1e-6)
+    assert allclose(P, tensor([[0.4, 0.16], [0.5e-6, 0.2e-6]]))  # 0.1 - 0.4: clamped
+    onehot = tensor([[1.0, 0.0]])
+    Y = alqa.soft_label(onehot, tensor([0.8]), tensor([0.1]), "tiou+tnd", 1e-6)
+    assert allclose(Y, tensor([[0.7, 0.0]]))
+    p_cls, p_tiou, p_tnd = tensor([[0.5, 0.25]]), tensor([0.9]), tensor([0.1])
     L_cls = alqa.classification_loss(p_cls.logit(), p_tiou, p_tnd, Y, beta=2.0, eps=1e-6)
     by_hand = (0.7 - 0.4) ** 2 * bce(0.4, 0.7) + (0 - 0.2) ** 2 * bce(0.2, 0)
     assert float(L_cls) == pytest.approx(by_hand, rel=1e-5)
+    p, one = torch.linspace(0.01, 0.99, 99), torch.ones(99)
+    for y in (0.12, 0.3, 0.9):
+        cls_logits, Y = p.logit()[:, None], torch.full((99, 1), y)
+        loss = alqa.classification_loss(cls_logits, one, 0 * one, Y, 2.0, 1e-6)
+        focal = alqa.focal_loss(cls_logits, Y, 0.25, 2.0)
+        assert abs(float(p[loss.argmin()]) - y) < 0.011, y
+        assert abs(float(p[focal.argmin()]) - y) > 0.08, y
 
 
-@pytest.mark.parametrize("y", [0.12, 0.3, 0.9])
-def test_eq_5_has_its_minimum_at_the_soft_label_and_focal_loss_has_not(y):
-    p, Y = torch.linspace(0.01, 0.99, 99), torch.full((99, 1), y)
-    cls_logits, one, zero = p.logit()[:, None], torch.ones(99), torch.zeros(99)
-    loss = alqa.classification_loss(cls_logits, one, zero, Y, 2.0, 1e-6)
-    assert abs(float(p[loss.argmin()]) - y) < 0.011
-    focal = alqa.focal_loss(cls_logits, Y, 0.25, 2.0)
-    assert abs(float(p[focal.argmin()]) - y) > 0.08
-
-
-@pytest.mark.parametrize("branches", model.BRANCHES)
-@pytest.mark.parametrize("form", ["bce", "kl"])
+@pytest.mark.parametrize(("branches", "form"), [*product(model.BRANCHES, ("bce", "kl"))])
 def test_losses_are_finite_with_and_without_positives(branches, form):
     s = settings("--alqa", branches, "--quality-form", form)
     losses_of = alqa.plain_losses if branches == "none" else alqa.alqa_losses
     detector = small_detector(alqa=branches).train()
-    weights, out = list(detector.parameters()), outputs(2, 16, detector)
+    out = outputs(2, 16, detector)
     for video in (SOME, NOTHING):
         losses = losses_of(out, *targets(out.points, video, video), out.mask, s)
         total = losses["cls"] + losses["reg"] + losses["quality"]
-        gradients = torch.autograd.grad(total, weights, allow_unused=True, retain_graph=True)
-        assert all(g.isfinite().all() for g in gradients if g is not None)
+        for g in gradients(total, *detector.parameters()):
+            assert g is None or g.isfinite().all()
         assert (losses["positives"] > 0) == (video is SOME)
         assert (losses["quality"] > 0) == (video is SOME and branches != "none")
 
 
 @pytest.mark.parametrize("source", alqa.SOFT_LABELS)
 def test_quality_targets_and_soft_labels_carry_no_gradient(source):
-    s = settings("--soft-label", source)
-    out = outputs(1, 16, small_detector().train())
+    s, out = settings("--soft-label", source), outputs(1, 16, small_detector().train())
     leaves = [part.detach().requires_grad_() for part in out.predictions()]
     cls_logits, offsets, p_tiou, p_tnd = leaves
     cls, off = targets(out.points, SOME)
     losses = alqa.alqa_losses(model.Outputs(*leaves, *out[4:]), cls, off, out.mask, s)
-
-    def gradients(loss, *inputs):
-        return torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True)
-
     assert gradients(losses["cls"] + losses["quality"], offsets) == (None,)
     assert gradients(losses["reg"], offsets)[0].abs().sum() > 0
     tIoU, tND = (p_tiou, p_tnd) if source == "predicted" else alqa.tiou_and_tnd(offsets, off)
@@ -163,89 +143,72 @@ def test_quality_targets_and_soft_labels_carry_no_gradient(source):
     L_cls = alqa.classification_loss(cls_logits, p_tiou, p_tnd, Y, s.beta, s.eps).sum()
     both = (gradients(loss, cls_logits, p_tiou, p_tnd) for loss in (losses["cls"], L_cls))
     for mine, theirs in zip(*both):
-        assert torch.allclose(mine, theirs, atol=1e-6)
-        assert mine.abs().sum() > 0
+        assert allclose(mine, theirs, atol=1e-6) and mine.abs().sum() > 0
 
 
-# ---- Sec. 3.1, ALQA: Eq. (6), the selection -----------------------------------------------------
-
-def test_eq_6_by_hand():
-    theta_h = [float(alqa.theta_h(torch.tensor([0.9, 0.5]), stds)) for stds in (1, 0, -1)]
+def test_eq_6_by_hand_and_its_thresholds_and_scopes():
+    theta_h = [float(alqa.theta_h(tensor([0.9, 0.5]), stds)) for stds in (1, 0, -1)]
     assert theta_h == pytest.approx([0.7 + 0.2, 0.7, 0.7 - 0.2])  # 0.2: the population's std
     videos = {"a": detections(0.9, 0.5, 0.1), "b": detections(0.3, 0.2), "empty": detections()}
     selected, theta_h = alqa.select(videos, 0.15, "mean+std", 0.3, "video")
     assert selected["a"]["scores"].tolist() == pytest.approx([0.9, 0.5])  # theta_l dropped 0.1
-    positives = [r["positive"].tolist() for r in selected.values()]
-    assert positives == [[True, False], [True, False], []]  # 0.7 + 0.2 reaches 0.9
+    # 0.7 + 0.2 reaches 0.9.
+    assert [r["positive"].tolist() for r in selected.values()] == [[1, 0], [1, 0], []]
     assert theta_h == pytest.approx([0.9, 0.3])
     assert all(r.keys() == {"scores", "labels"} for r in videos.values())  # the input stays
-
-
-@pytest.mark.parametrize(("threshold", "scope", "of_a", "of_b"), [
-    ("mean+std", "dataset", [1, 0], [0, 0]), ("mean", "dataset", [1, 1], [0, 0]),
-    ("mean-std", "dataset", [1, 1], [1, 0]),  # theta_h is 0.475 - 0.268
-    ("mean+std", "class", [1, 1], [0, 0]), ("mean", "class", [1, 1], [0, 0]),
-    ("fixed", "video", [1, 1], [1, 0])])
-def test_thresholds_and_scopes_of_eq_6(threshold, scope, of_a, of_b):
     videos = {"a": detections(0.9, 0.5, labels=[0, 1]), "b": detections(0.3, 0.2, labels=[0, 1])}
-    selected, _ = alqa.select(videos, 0.15, threshold, 0.3, scope)
-    assert [r["positive"].tolist() for r in selected.values()] == [of_a, of_b]
-    assert alqa.select({}, 0.15, threshold, 0.3, scope) == ({}, [])
+    for threshold, scope, *expected in (
+            ("mean+std", "dataset", [1, 0], [0, 0]), ("mean", "dataset", [1, 1], [0, 0]),
+            ("mean-std", "dataset", [1, 1], [1, 0]),  # theta_h is 0.475 - 0.268
+            ("mean+std", "class", [1, 1], [0, 0]), ("mean", "class", [1, 1], [0, 0]),
+            ("fixed", "video", [1, 1], [1, 0])):
+        selected, _ = alqa.select(videos, 0.15, threshold, 0.3, scope)
+        assert [r["positive"].tolist() for r in selected.values()] == expected, (threshold, scope)
+        assert alqa.select({}, 0.15, threshold, 0.3, scope) == ({}, [])
 
 
 # ---- Sec. 3.2, ICD: Eq. (7) to (10) -------------------------------------------------------------
 
 def bank(labels, keys=None):
     """Labelled instances of random features, D = 4."""
-    keys = torch.tensor(keys or range(len(labels)))
-    return {"feats": torch.randn(len(labels), 4), "labels": torch.tensor(labels), "keys": keys}
+    keys = tensor(keys or range(len(labels)))
+    return {"feats": torch.randn(len(labels), 4), "labels": tensor(labels), "keys": keys}
 
 
 def discriminator(W_1, W_2, bias):
     """A Discriminator of features of one number with these weights."""
     D = icd.Discriminator(1, len(W_1), 0.0).eval()
-    D.W_1.weight.data, D.W_2.weight.data = torch.tensor(W_1), torch.tensor(W_2)
-    D.W_2.bias.data.fill_(bias)
+    D.W_1.weight.data, D.W_2.weight.data, D.W_2.bias.data = map(tensor, (W_1, W_2, [bias]))
     return D
 
 
 def test_the_sets_of_eq_7_hold_the_class_and_never_the_same_segment():
-    # Instance 3 is instance 0 under another class.
-    b = bank([0, 0, 0, 1, 1, 2], keys=[0, 1, 2, 0, 3, 4])
+    b = bank([0, 0, 0, 1, 1, 2], keys=[0, 1, 2, 0, 3, 4])  # 3 is 0 under another class
     for seed in range(20):
         F_pos, F_neg = icd.sample_sets(b, 0, 10, generator(seed))
         assert len(F_pos) == len(F_neg) == 10  # with replacement, there being fewer
-        assert set(F_pos.tolist()) <= {1, 2}
-        assert set(F_neg.tolist()) <= {4, 5}
+        assert set(F_pos.tolist()) <= {1, 2} and set(F_neg.tolist()) <= {4, 5}
     F_pos, F_neg = icd.sample_sets(bank([0] * 30 + [1] * 30), 0, 10, generator())
     assert len(F_pos.unique()) == len(F_neg.unique()) == 10  # without, there being enough
-    F_pos, F_neg = icd.sample_sets(bank([0]), 0, 10, generator())
-    assert len(F_pos) == len(F_neg) == 0
+    assert [len(F) for F in icd.sample_sets(bank([0]), 0, 10, generator())] == [0, 0]
 
 
-def test_eq_8_against_a_loop():
-    D = icd.Discriminator(4, 8, 0.0)
-    b = bank([0, 0, 1, 1])
+def test_eq_8_against_a_loop_and_that_it_learns_and_survives_a_single_instance():
+    D, b = icd.Discriminator(4, 8, 0.0), bank([0, 0, 1, 1])
     L_icd = icd.icd_loss(D, b, range(4), 2, generator())  # both others, the one of the class twice
-    parts = {1: [], 0: []}  # of the same class, of others
-    for i in range(4):
-        for j in {0, 1, 2, 3} - {i}:
-            same = int(b["labels"][i] == b["labels"][j])
-            p = float(torch.sigmoid(D(b["feats"][[i]], b["feats"][[j]])).detach())
-            parts[same].append(bce(p, same))
+    parts = ([], [])  # of others, of the same class
+    for i, j in permutations(range(4), 2):
+        same = int(b["labels"][i] == b["labels"][j])
+        p = float(torch.sigmoid(D(b["feats"][[i]], b["feats"][[j]])).detach())
+        parts[same].append(bce(p, same))
     assert float(L_icd.detach()) == pytest.approx(np.mean(parts[1]) + np.mean(parts[0]), rel=1e-5)
-
-
-def test_eq_8_learns_and_survives_a_single_instance():
-    D = icd.Discriminator(4, 128, 0.5)
+    D, losses = icd.Discriminator(4, 128, 0.5), []
     for b, batch in ((bank([0]), [0]), (bank([0, 1]), [])):
         L_icd = icd.icd_loss(D, b, batch, 10, generator())
         assert float(L_icd.detach()) == 0
         L_icd.backward()
-    b = bank([0, 1] * 20)
+    b, adam = bank([0, 1] * 20), torch.optim.Adam(D.parameters(), lr=1e-2)
     b["feats"][:, 0] = 6.0 * b["labels"] - 3
-    adam = torch.optim.Adam(D.parameters(), lr=1e-2)
-    losses = []
     for step in range(150):
         L_icd = icd.icd_loss(D, b, range(10), 10, generator(step))
         adam.zero_grad()
@@ -255,17 +218,13 @@ def test_eq_8_learns_and_survives_a_single_instance():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_eq_9_by_hand():
+def test_eq_9_by_hand_and_eq_10_as_the_mean_over_labelled_instances_of_the_class():
     # The hidden units are relu(a - b) and relu(b - a), so the logit is 1 - |a - b|.
     D = discriminator([[1.0, -1.0], [-1.0, 1.0]], [[-1.0, -1.0]], 1.0)
-    logits = D(torch.tensor([[2.0], [5.0], [3.0]]), torch.tensor([[5.0], [4.0], [3.0]]))
+    logits = D(tensor([[2.0], [5.0], [3.0]]), tensor([[5.0], [4.0], [3.0]]))
     assert logits.tolist() == [1 - 3, 1 - 1, 1 - 0]
-
-
-def test_eq_10_is_the_mean_over_labelled_instances_of_the_class():
-    D = icd.Discriminator(4, 128, 0.5).eval()
-    b = bank([0, 0, 2])
-    feats, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    D, b = icd.Discriminator(4, 128, 0.5).eval(), bank([0, 0, 2])
+    feats, labels = torch.randn(3, 4), tensor([0, 1, 2])
     s = icd.similarity(D, feats, labels, b)
     of_class = torch.sigmoid(D(feats[[0, 0]], b["feats"][:2]))
     assert float(s[0]) == pytest.approx(float(of_class.detach().mean()), abs=1e-6)
@@ -273,66 +232,55 @@ def test_eq_10_is_the_mean_over_labelled_instances_of_the_class():
     assert len(icd.similarity(D, feats[:0], labels[:0], b)) == 0
 
 
-@pytest.mark.parametrize(("switches", "expected"), [
-    ("eap+mpp", "dropped kept kept mined candidate candidate"),
-    ("eap", "dropped kept kept candidate candidate candidate"),
-    ("mpp", "kept kept kept mined candidate candidate"),
-    ("none", "kept kept kept candidate candidate candidate"),
-])
-def test_eap_drops_and_mpp_mines(switches, expected):
+def test_eap_drops_and_mpp_mines():
     D = discriminator([[1.0, 0.0]], [[1.0]], -10.0)  # its logit is a's feature less 10
-    s = torch.tensor([0.2, 0.5, 0.9, 0.8, 0.6, 0.9])
-    b = {"feats": torch.zeros(1, 1), "labels": torch.tensor([0])}  # class 1 has no instance: NaN
-    selected = {
-        "segments": torch.arange(6.0)[:, None].expand(6, 2),
-        "labels": torch.tensor([0, 0, 1, 0, 0, 1]),
-        "positive": torch.tensor([True, True, True, False, False, False]),
-    }
+    s = tensor([0.2, 0.5, 0.9, 0.8, 0.6, 0.9])
+    b = {"feats": torch.zeros(1, 1), "labels": tensor([0])}  # class 1 has no instance: NaN
+    selected = {"segments": torch.arange(6.0)[:, None].expand(6, 2),
+                "labels": tensor([0, 0, 1, 0, 0, 1]), "positive": tensor([True] * 3 + [False] * 3)}
     before = dict(selected)
     compared = icd.compare(selected, D, b, s.logit()[:, None] + 10, "max", "absolute")
     assert compared["similarity"].isnan().tolist() == [False, False, True, False, False, True]
-    refined = icd.refine(compared, 0.3, 0.7, switches)
-    assert [icd.STATUS[i] for i in refined["status"]] == expected.split()
-    assert "positive" not in refined
+    for switches, expected in (("eap+mpp", "dropped kept kept mined candidate candidate"),
+                               ("eap", "dropped kept kept candidate candidate candidate"),
+                               ("mpp", "kept kept kept mined candidate candidate"),
+                               ("none", "kept kept kept candidate candidate candidate")):
+        refined = icd.refine(compared, 0.3, 0.7, switches)
+        assert [icd.STATUS[i] for i in refined["status"]] == expected.split(), switches
+        assert "positive" not in refined
     assert selected == before  # the input stays
     assert compared.keys() == {*before, "similarity"}
-    assert compared["positive"].tolist() == [True, True, True, False, False, False]
+    assert compared["positive"].tolist() == [True] * 3 + [False] * 3
 
 
-def test_pooling_takes_steps_inside_or_the_nearest():
+def test_the_bank_pools_steps_inside_or_the_nearest_and_has_one_key_a_segment():
     feats = torch.arange(10.0)[:, None]
-    segments = torch.tensor([[1.5, 4.0], [2.2, 2.7], [-3.0, -1.0], [8.5, 30.0]])
+    segments = tensor([[1.5, 4.0], [2.2, 2.7], [-3.0, -1.0], [8.5, 30.0]])
     assert icd.pool_instances(feats, segments, "max")[:, 0].tolist() == [4, 2, 0, 9]
     assert icd.pool_instances(feats, segments, "mean")[:, 0].tolist() == [3, 2, 0, 9]
     assert icd.pool_instances(feats, segments[:0], "max").shape == (0, 1)
-
-
-def test_the_bank_gives_one_key_to_a_twice_labelled_segment():
-    segments, labels = torch.tensor([[1.0, 3.0], [1.0, 3.0], [4.0, 6.0]]), torch.tensor([0, 1, 0])
-    video = {"feats": torch.randn(9, 4), "segments": segments, "labels": labels}
-    b = icd.bank_of(iter([{"id": "a"} | video, {"id": "b"} | video]), "max", "absolute")
-    assert b["keys"].tolist() == [0, 0, 1, 2, 2, 3]
+    twice = {"segments": tensor([[1.0, 3.0], [1.0, 3.0], [4.0, 6.0]]), "labels": tensor([0, 1, 0])}
+    videos = ({"id": name, "feats": torch.randn(9, 4)} | twice for name in "ab")
+    b = icd.bank_of(videos, "max", "absolute")
+    assert b["keys"].tolist() == [0, 0, 1, 2, 2, 3] and b["feats"].shape == (6, 4)
     assert b["videos"] == ["a"] * 3 + ["b"] * 3
-    assert b["feats"].shape == (6, 4)
 
 
 # ---- Sec. 3.3, ACP: Eq. (11) and Fig. S1 --------------------------------------------------------
 
 def test_eq_11_against_a_loop():
-    z, labels, tau = torch.randn(7, 5), torch.tensor([0, 0, 1, 1, 1, 2, 0]), 0.2
-    unit = F.normalize(z, dim=-1)
+    z, labels, tau = torch.randn(7, 5), tensor([0, 0, 1, 1, 1, 2, 0]), 0.2
+    unit, anchors = F.normalize(z, dim=-1), []
     e = torch.exp(unit @ unit.T / tau)
-    anchors = []
     for i in range(7):
         P = [p for p in range(7) if p != i and labels[p] == labels[i]]
         N = [n for n in range(7) if labels[n] != labels[i]]
         if P and N:
-            negatives = sum(e[i, n] for n in N)
-            anchors.append(np.mean([math.log(e[i, p] / (e[i, p] + negatives)) for p in P]))
+            anchors.append(np.mean([math.log(e[i, p] / (e[i, p] + e[i, N].sum())) for p in P]))
     assert float(acp.info_nce(z, labels, tau)) == pytest.approx(-np.mean(anchors), abs=1e-5)
-    for alone in (torch.zeros(7), torch.arange(7)):  # no negative, no positive
-        assert float(acp.info_nce(z, alone, tau)) == 0
-    assert float(acp.info_nce(z[:0], labels[:0], tau)) == 0
+    # No negative, no positive, no step.
+    for x, alone in ((z, torch.zeros(7)), (z, torch.arange(7)), (z[:0], labels[:0])):
+        assert float(acp.info_nce(x, alone, tau)) == 0
     unknown = torch.where(labels == 1, -1, labels)  # leaves the contrast
     known = acp.info_nce(z[labels != 1], labels[labels != 1], tau)
     assert torch.equal(acp.info_nce(z, unknown, tau), known)
@@ -341,8 +289,7 @@ def test_eq_11_against_a_loop():
 @pytest.mark.parametrize("kinds", ["coarse", "fine", "coarse+fine"])
 def test_acp_loss_has_a_gradient_and_ignores_padding(kinds):
     s = settings("--acp", kinds, "--acp-steps", 10, "--acp-clusters", 4, "--acp-tau", 0.1)
-    detector = small_detector()
-    feats = torch.randn(2, 30, 6)
+    detector, feats = small_detector(), torch.randn(2, 30, 6)
     some, nothing = ({"segments": segments, "labels": labels, "rejected": segments[:0]}
                      for segments, labels in (SOME, NOTHING))
     for instances in (None, [some, some], [some, nothing], [nothing, nothing]):
@@ -352,31 +299,29 @@ def test_acp_loss_has_a_gradient_and_ignores_padding(kinds):
             out = detector(padded, F.pad(valid(2, 30), (0, pad)))
             pyramid = (out.levels, out.masks)
             losses.append(acp.acp_loss(pyramid, padded, instances, 3, s, generator()))
-        assert torch.allclose(losses[0], losses[1], atol=1e-4)
+        assert allclose(*losses, atol=1e-4)
         losses[0].backward()
         assert (float(losses[0].detach()) > 0) == (instances is None or instances[0] is some)
 
 
-def test_sampled_steps_come_one_from_each_part():
+def test_steps_come_one_from_each_part_have_classes_and_read_each_level_between_its_points():
     for seed in range(20):
-        steps = acp.sample_steps(torch.tensor([400, 40, 7, 1]), 40, generator(seed))
+        steps = acp.sample_steps(tensor([400, 40, 7, 1]), 40, generator(seed))
         assert torch.equal(steps[0] // 10, torch.arange(40))
         assert torch.equal(steps[1], torch.arange(40))
-        assert steps[2].max() == 6
-        assert (steps[3] == 0).all()
-
-
-def test_representation_reads_each_level_between_its_points():
+        assert steps[2].max() == 6 and not steps[3].any()
+    steps, segments, rejected = torch.arange(10), tensor([[0.0, 6], [2, 3]]), tensor([[5.0, 8]])
+    classes = acp.step_classes(steps, segments, tensor([4, 1]), rejected, 9)
+    assert classes.tolist() == [4, 4, 1, 1, 4, 4, 4, -1, -1, 9]  # -1: rejected, 9: background
+    assert acp.step_classes(steps, *NOTHING, NOTHING[0], 9).unique().tolist() == [9]
     masks = [valid(2, 128 // 2 ** level) for level in range(6)]
     levels = [torch.randn(2, mask.shape[1], 3) for mask in masks]
-    steps = torch.tensor([[0, 1, 5, 64, 77, 127], [2, 3, 4, 14, 96, 126]])
-    parts = []
-    for level, x in enumerate(levels):
+    steps = tensor([[0, 1, 5, 64, 77, 127], [2, 3, 4, 14, 96, 126]])
+    found = acp.representation(levels, masks, steps)
+    for (level, x), b, c in product(enumerate(levels), range(2), range(3)):
         at = 2 ** level * torch.arange(x.shape[1])  # where the level's points lie
-        read = [[np.interp(steps[b], at, x[b, :, c]) for c in range(3)] for b in range(2)]
-        parts.append(torch.tensor(np.array(read)).transpose(1, 2))
-    expected = torch.cat(parts, 2).float()
-    assert torch.allclose(acp.representation(levels, masks, steps), expected, atol=1e-6)
+        expected = np.interp(steps[b], at, x[b, :, c])
+        assert np.allclose(found[b, :, 3 * level + c], expected, atol=1e-6), (level, b, c)
 
 
 def groups_of(cluster, size):
@@ -384,9 +329,8 @@ def groups_of(cluster, size):
     return sorted(part.unique().tolist() for part in cluster.split(size))
 
 
-def test_kmeans_finds_the_best_partition_and_is_seeded():
-    centres = 8 * torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    x = torch.randn(18, 2) + centres.repeat_interleave(6, 0)
+def test_kmeans_finds_the_best_partition_is_seeded_and_takes_few_or_equal_or_far_rows():
+    x = torch.randn(18, 2) + 8 * tensor([[0.0, 0], [1, 0], [0, 1]]).repeat_interleave(6, 0)
     cluster = acp.kmeans(x, 3, generator(), 10)
     assert groups_of(cluster, 6) == [[0], [1], [2]]
     assert torch.equal(cluster, acp.kmeans(x, 3, generator(), 10))
@@ -396,27 +340,14 @@ def test_kmeans_finds_the_best_partition_and_is_seeded():
         parts = [y[cluster == k] for k in cluster.unique()]
         return sum(float(((part - part.mean(0)) ** 2).sum()) for part in parts)
 
-    best = min(cost(torch.tensor([(n >> i) & 1 for i in range(7)])) for n in range(128))
+    best = min(cost(tensor(partition)) for partition in product([0, 1], repeat=7))
     assert cost(acp.kmeans(y, 2, generator(), 10)) == pytest.approx(best, rel=1e-4)
-
-
-def test_kmeans_of_few_or_equal_or_far_rows():
     assert len(acp.kmeans(torch.zeros(0, 3), 2, generator(), 10)) == 0
     assert acp.kmeans(torch.ones(5, 3), 4, generator(), 10).shape == (5,)
-    assert len(acp.kmeans(torch.tensor([[0.0], [1.0]]), 4, generator(), 10).unique()) == 2
+    assert len(acp.kmeans(tensor([[0.0], [1.0]]), 4, generator(), 10).unique()) == 2
     x = torch.randn(30, 4).round(decimals=1) + 4 * (torch.arange(30) // 10)[:, None]
     assert groups_of(acp.kmeans(x + 30_000, 3, generator(), 10), 10) == [[0], [1], [2]]
 
-
-def test_step_classes_know_action_background_and_the_rejected():
-    steps, rejected = torch.arange(10), torch.tensor([[5.0, 8.0]])
-    segments = torch.tensor([[0.0, 6.0], [2.0, 3.0]])
-    classes = acp.step_classes(steps, segments, torch.tensor([4, 1]), rejected, 9)
-    assert classes.tolist() == [4, 4, 1, 1, 4, 4, 4, -1, -1, 9]
-    assert acp.step_classes(steps, *NOTHING, NOTHING[0], 9).unique().tolist() == [9]
-
-
-# ---- Eq. (12) -----------------------------------------------------------------------------------
 
 def test_eq_12_by_hand():
     s = settings("--lambda-u", 2, "--lambda-reg", 3, "--lambda-quality", 0.5, "--lambda-acp", 0.25)
@@ -426,51 +357,32 @@ def test_eq_12_by_hand():
     assert train.objective(sup, unsup, s) == 8 + 2 * 0.25
 
 
-# ---- The detector: segments and layers ----------------------------------------------------------
+# ---- The detector -------------------------------------------------------------------------------
 
-def test_tiou_and_tnd_by_hand_and_of_arrays():
-    a = torch.tensor([[0.0, 4.0]])
-    b = torch.tensor([[2.0, 6.0], [10.0, 12.0], [0.0, 4.0], [1.0, 1.0]])
-    assert torch.allclose(model.tiou(a, b), torch.tensor([2 / 6, 0, 1, 0]))
-    assert torch.allclose(model.tnd(a, b), torch.tensor([4 / 36, 81 / 144, 0, 1 / 16]))
-    assert model.tiou(torch.zeros(2), torch.zeros(2)) == 0
-    a, b = torch.rand(50, 1, 2).cumsum(-1), torch.rand(1, 60, 2).cumsum(-1)
-    assert np.allclose(model.tiou(a.numpy(), b.numpy()), model.tiou(a, b).numpy())
-
-
-def test_convolutions_match_torch():
-    x = torch.randn(2, 11, 4, requires_grad=True)
-    mask = torch.arange(11) < torch.tensor([[11], [9]])
+def test_convolutions_match_torch_and_local_attention_a_dense_one_with_a_band():
+    x, mask = torch.randn(2, 11, 4, requires_grad=True), torch.arange(11) < tensor([[11], [9]])
     conv = model.Conv(4, 5)
     conv.bias.data.normal_()
     theirs = F.conv1d(x.transpose(1, 2), conv.weight.permute(1, 2, 0), conv.bias, padding=1)
     both = (conv(x, mask), theirs.transpose(1, 2) * mask[..., None])
-    assert torch.allclose(*both, atol=1e-6)
-    wanted, leaves = torch.randn(2, 11, 5), [x, conv.weight, conv.bias]
-    gradients = [torch.autograd.grad((y * wanted).sum(), leaves) for y in both]
-    for mine, theirs in zip(*gradients):
-        assert torch.allclose(mine, theirs, atol=1e-5)
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_depthwise_convolutions_match_torch(stride):
-    x = torch.randn(2, 11, 4)
+    assert allclose(*both, atol=1e-6)
+    wanted = torch.randn(2, 11, 5)
+    of_both = [gradients((y * wanted).sum(), x, conv.weight, conv.bias) for y in both]
+    for mine, theirs in zip(*of_both):
+        assert allclose(mine, theirs, atol=1e-5)
     conv = model.DepthwiseConv(4)
-    weight = conv.weight.T[:, None]
-    theirs = F.conv1d(x.transpose(1, 2), weight, groups=4, padding=1, stride=stride)
-    assert torch.allclose(conv(model.shifted(x, stride)), theirs.transpose(1, 2), atol=1e-6)
-
-
-@pytest.mark.parametrize(("T", "half"), [(1, 3), (7, 2), (40, 4), (64, 9), (33, 100)])
-def test_local_attention_equals_dense_attention_with_a_band(T, half):
-    q, k, v = torch.randn(3, 2, T, 8)
-    mask = torch.arange(T) < torch.tensor([[T], [T // 2 + 1]])
-    gap = (torch.arange(T)[:, None] - torch.arange(T)).abs()
-    seen = ((gap <= half) & mask[:, None, None]) | (gap == 0)
-    Q, K, V = (x.view(2, T, 2, 4).transpose(1, 2) for x in (q, k, v))  # by head
-    dense = (Q @ K.transpose(2, 3) / 2).masked_fill(~seen, -torch.inf).softmax(-1) @ V
-    dense = dense.transpose(1, 2).reshape(2, T, 8)
-    assert torch.allclose(model.local_attention(q, k, v, mask, 2, half), dense, atol=1e-5)
+    for stride in (1, 2):
+        theirs = F.conv1d(x.transpose(1, 2), conv.weight.T[:, None], None, stride, 1, groups=4)
+        assert allclose(conv(model.shifted(x, stride)), theirs.transpose(1, 2), atol=1e-6), stride
+    for T, half in ((1, 3), (7, 2), (40, 4), (64, 9), (33, 100)):
+        (q, k, v), step = torch.randn(3, 2, T, 8), torch.arange(T)
+        mask, gap = step < tensor([[T], [T // 2 + 1]]), (step[:, None] - step).abs()
+        seen = ((gap <= half) & mask[:, None, None]) | (gap == 0)
+        Q, K, V = (x.view(2, T, 2, 4).transpose(1, 2) for x in (q, k, v))  # by head
+        dense = (Q @ K.transpose(2, 3) / 2).masked_fill(~seen, -torch.inf).softmax(-1) @ V
+        dense = dense.transpose(1, 2).reshape(2, T, 8)
+        found = model.local_attention(q, k, v, mask, 2, half)
+        assert allclose(found, dense, atol=1e-5), (T, half)
 
 
 @pytest.mark.parametrize("position", [False, True])
@@ -479,17 +391,14 @@ def test_padding_changes_no_valid_output(position):
     for p in detector.parameters():  # trained weights: every bias counts
         p.data.add_(0.2 * torch.randn_like(p))
     feats, lengths = torch.randn(3, 37, 6), [37, 32, 1]
-    together = detector(feats, torch.arange(37) < torch.tensor(lengths)[:, None])
+    together = detector(feats, torch.arange(37) < tensor(lengths)[:, None])
     for b, T in enumerate(lengths):
-        alone = detector(feats[b:b + 1, :T], valid(1, T))
-        rows = together.mask[b]
+        alone, rows = detector(feats[b:b + 1, :T], valid(1, T)), together.mask[b]
         assert alone.mask.all()
         assert rows.sum() == alone.mask.shape[1] == sum(-(-T // 2 ** level) for level in range(3))
         for mine, theirs in zip(together.predictions(), alone.predictions()):
-            assert torch.allclose(mine[b][rows], theirs[0], atol=1e-5)
+            assert allclose(mine[b][rows], theirs[0], atol=1e-5)
 
-
-# ---- The detector: targets and suppression ------------------------------------------------------
 
 def targets_by_hand(points, segments, labels):
     """What targets() gives for a video, point by point."""
@@ -505,7 +414,7 @@ def targets_by_hand(points, segments, labels):
             if length <= lengths[shortest] + 1e-3:
                 cls[p, labels[n]] = 1
                 start, end = segments[shortest].tolist()
-                off[p] = torch.tensor([t - start, end - t]) / stride
+                off[p] = tensor([t - start, end - t]) / stride
     return cls, off
 
 
@@ -516,30 +425,25 @@ def random_segments(n):
 
 
 def test_target_assignment_against_a_loop_with_a_twice_labelled_segment():
-    points = small_detector().points(50)
-    segments = random_segments(8)
-    segments = torch.cat([segments, segments[:1]])  # the same segment with another class
-    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2])
+    points, segments = small_detector().points(50), random_segments(8)
+    segments = segments[[*range(8), 0]]  # the same segment with another class
+    labels = tensor([0, 1, 2, 0, 1, 2, 0, 1, 2])
     cls, off = targets(points, (segments, labels), NOTHING)
     cls_by_hand, off_by_hand = targets_by_hand(points, segments, labels)
     positive = cls[0].any(-1)
-    assert torch.equal(cls[0], cls_by_hand)
-    assert torch.allclose(off[0][positive], off_by_hand[positive], atol=1e-5)
+    assert torch.equal(cls[0], cls_by_hand) and not cls[1].any()
+    assert allclose(off[0][positive], off_by_hand[positive], atol=1e-5)
     assert (cls[0].sum(-1) == 2).any()  # the twice labelled one
-    assert not cls[1].any()
     decoded = model.decode(points, off)[0][positive]
     assert (torch.cdist(decoded, segments).min(1).values < 1e-3).all()
     cls, off = targets(small_detector().points(9), NOTHING, NOTHING)
-    assert cls.shape == (2, 9 + 5 + 3, 3)
-    assert not cls.any() and not off.any()
+    assert cls.shape == (2, 9 + 5 + 3, 3) and not cls.any() and not off.any()
 
 
-def test_soft_nms_against_a_loop():
-    segments = random_segments(60)
-    scores = 0.1 + 0.9 * torch.rand(60)
+def test_soft_nms_against_a_loop_with_scores_that_vanish_and_of_nothing():
+    segments, scores, expected = random_segments(60), 0.1 + 0.9 * torch.rand(60), []
     groups = 7 * torch.randint(4, (60,))
     index, decayed = model.soft_nms(segments, scores, groups, 0.5, 0.2, 10)
-    expected = []
     for g in groups.unique():
         left = {i: float(scores[i]) for i in (groups == g).nonzero()[:, 0].tolist()}
         for _ in range(10):
@@ -552,50 +456,39 @@ def test_soft_nms_against_a_loop():
     expected.sort(reverse=True)
     assert index.tolist() == [i for _, i in expected]
     assert decayed.tolist() == pytest.approx([score for score, _ in expected], rel=1e-5)
-
-
-def test_soft_nms_gives_each_detection_once_even_where_scores_vanish_and_nothing_of_nothing():
-    same, group = torch.tensor([[0.0, 10.0]]).expand(120, 2), torch.zeros(120, dtype=torch.long)
+    same, group = tensor([[0.0, 10.0]]).expand(120, 2), torch.zeros(120, dtype=torch.long)
     index, decayed = model.soft_nms(same, torch.rand(120), group, 0.5, 0.0, 200)
-    assert len(index.unique()) == len(index)
-    assert decayed.min() > 0
-    for scores in (torch.zeros(0), torch.tensor([0.0001])):
-        n = len(scores)
-        index, decayed = model.soft_nms(same[:n], scores, group[:n], 0.5, 0.001, 5)
-        assert len(index) == len(decayed) == 0
+    assert len(index.unique()) == len(index) and decayed.min() > 0  # each once
+    for scores in (torch.zeros(0), tensor([0.0001])):
+        found = model.soft_nms(same[:len(scores)], scores, group[:len(scores)], 0.5, 0.001, 5)
+        assert list(map(len, found)) == [0, 0]
 
 
 # ---- Reference outputs of the public tools, and Tab. S6 -----------------------------------------
 
-def read_arrays(name, prefix=""):
-    """The arrays of a reference file as tensors, by what follows the prefix of their names."""
-    arrays = np.load(SHARED / "reference" / name)
-    return {key.removeprefix(prefix): torch.from_numpy(arrays[key])
-            for key in arrays.files if key.startswith(prefix)}
+def read_arrays(name):
+    """The arrays of a reference file as tensors."""
+    return {key: torch.from_numpy(x) for key, x in np.load(SHARED / "reference" / name).items()}
 
 
 def test_public_checkpoint_gives_the_public_outputs_targets_and_losses(tiny):
     out, config, ref = tiny
-    sizes = [ref[f"mask_{level}"].shape[-1] for level in range(4)]
-    assert out.sizes() == sizes
     time, stride, low, high = out.points
-    points = torch.stack([time, low, high, stride], 1).split(sizes)
-    cls_logits, offsets = out.cls_logits.split(sizes, 1), out.offsets.split(sizes, 1)
-    for level in range(4):
-        mask = ref[f"mask_{level}"][:, 0]
-        assert torch.equal(out.masks[level], mask)
-        assert torch.equal(points[level], ref[f"points_{level}"])
-        found = (out.levels[level], cls_logits[level], offsets[level])
-        for name, mine in zip(("fpn", "cls_logits", "offsets"), found):
-            theirs = ref[f"{name}_{level}"].transpose(1, 2)
-            assert torch.allclose(mine[mask], theirs[mask], rtol=0, atol=1e-5), (name, level)
-
-    segments, labels = ([torch.tensor(part) for part in config[key]]
-                        for key in ("segments", "labels"))
+    points = torch.cat([ref[f"points_{level}"] for level in range(4)])
+    assert torch.equal(torch.stack([time, low, high, stride], 1), points)
+    masks = [ref[f"mask_{level}"][:, 0] for level in range(4)]
+    assert out.sizes() == [mask.shape[1] for mask in masks]
+    assert all(map(torch.equal, out.masks, masks))
+    mask = torch.cat(masks, 1)
+    found = {"fpn": torch.cat(out.levels, 1), "cls_logits": out.cls_logits, "offsets": out.offsets}
+    for name, mine in found.items():
+        theirs = torch.cat([ref[f"{name}_{level}"] for level in range(4)], 2).transpose(1, 2)
+        assert allclose(mine[mask], theirs[mask], rtol=0, atol=1e-5), name
+    segments, labels = (list(map(tensor, config[key])) for key in ("segments", "labels"))
     cls, off = model.assign_targets(out.points, segments, labels, config["num_classes"], 1.5)
     positive = ref["gt_cls"].any(-1)
     assert torch.equal(cls, ref["gt_cls"])
-    assert torch.allclose(off[positive], ref["gt_offsets"][positive], rtol=0, atol=1e-5)
+    assert allclose(off[positive], ref["gt_offsets"][positive], rtol=0, atol=1e-5)
     losses = alqa.plain_losses(out, cls, off, out.mask, train.Settings(alqa="none"))
     t_plus = 0.9 * float(ref["init_loss_norm"]) + 0.1 * max(int(losses["positives"]), 1)
     for name in ("cls", "reg"):
@@ -604,26 +497,22 @@ def test_public_checkpoint_gives_the_public_outputs_targets_and_losses(tiny):
 
 
 @needs_shared
-def test_diou_and_focal_loss_match_the_public_ones():
-    ref = read_arrays("losses.npz")
-    s = train.Settings()
+def test_losses_and_soft_nms_match_the_public_ones():
+    s, ref = train.Settings(), read_arrays("losses.npz")
     L_diou = alqa.diou_loss(ref["pred_offsets"], ref["gt_offsets"])
     focal = alqa.focal_loss(ref["logits"], ref["targets"], s.focal_alpha, s.focal_gamma)
-    assert torch.allclose(L_diou, ref["diou_loss"], rtol=0, atol=1e-6)
-    assert torch.allclose(focal, ref["focal"], rtol=0, atol=1e-6)
-
-
-@needs_shared
-@pytest.mark.parametrize("case", range(6))
-def test_soft_nms_matches_the_public_one(case):
-    ref = read_arrays("soft_nms.npz", f"{case}_")
-    segments, labels = ref["segments"], ref["labels"]
-    sigma, min_score, number = (ref[key].item() for key in ("sigma", "min_score", "max_num"))
-    index, decayed = model.soft_nms(segments, ref["scores"], labels, sigma, min_score, number)
-    index, decayed = index[:number], decayed[:number]
-    assert torch.equal(labels[index], ref["out_labels"])
-    assert torch.allclose(segments[index], ref["out_segments"], rtol=0, atol=1e-5)
-    assert torch.allclose(decayed, ref["out_scores"], rtol=0, atol=1e-5)
+    assert allclose(L_diou, ref["diou_loss"], rtol=0, atol=1e-6)
+    assert allclose(focal, ref["focal"], rtol=0, atol=1e-6)
+    ref = read_arrays("soft_nms.npz")
+    for case in range(6):
+        names = ("segments", "scores", "labels", "sigma", "min_score", "max_num")
+        segments, scores, labels, *rest = (ref[f"{case}_{name}"] for name in names)
+        sigma, min_score, number = (x.item() for x in rest)
+        index, decayed = model.soft_nms(segments, scores, labels, sigma, min_score, number)
+        index, decayed = index[:number], decayed[:number]
+        assert torch.equal(labels[index], ref[f"{case}_out_labels"]), case
+        assert allclose(segments[index], ref[f"{case}_out_segments"], rtol=0, atol=1e-5), case
+        assert allclose(decayed, ref[f"{case}_out_scores"], rtol=0, atol=1e-5), case
 
 
 @needs_shared
@@ -645,8 +534,7 @@ def test_map_matches_the_activitynet_toolkit(name):
 def test_tab_s6_is_the_papers_and_needs_no_run(capsys):
     assert tables.main(["S6"]) == 0
     table = capsys.readouterr().out
-    for quoted in ("26.017 M, 30.608 G", "3.179 M, 14.422 G", "3.182 M, 14.436 G"):
-        assert quoted in table
-        table = table.replace(quoted, "")
-    figures = ("26,016,768", "3,179,542", "3,182,616", "524,545", "30.608", "14.422", "14.436")
-    assert [figure for figure in figures if figure not in table] == []
+    for figure in ("26.017 M, 30.608 G", "3.179 M, 14.422 G", "3.182 M, 14.436 G", "26,016,768",
+                   "3,179,542", "3,182,616", "524,545", "30.608", "14.422", "14.436"):
+        assert figure in table
+        table = table.replace(figure, "")  # the paper's are gone where ours are looked for

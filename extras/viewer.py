@@ -77,17 +77,6 @@ def has_form(x, form):
     return isinstance(x, form) if isinstance(form, type) else x == form
 
 
-def read_file(folder, name, needed=False):
-    """The content of a JSON file of a run, None where there is none; raises BadInput."""
-    path = folder / name
-    if not needed and not path.exists():
-        return None
-    content = read_json(path, "file of a run")
-    if not has_form(content, FORMS[name]) or not fits_itself(content, name):
-        raise BadInput(f"{path} is not as train.py writes it: the folder is no run of this version")
-    return content
-
-
 def fits_itself(content, name):
     """Whether the lists of a file of a run are of lengths that belong together."""
     if name == "metrics.json":
@@ -100,6 +89,17 @@ def fits_itself(content, name):
                 and len(content["before"]) == len(content["after"]) == len(labels)
                 and all(0 <= label < classes for label in labels))
     return True
+
+
+def read_file(folder, name, needed=False):
+    """The content of a JSON file of a run, None where there is none; raises BadInput."""
+    path = folder / name
+    if not needed and not path.exists():
+        return None
+    content = read_json(path, "file of a run")
+    if not has_form(content, FORMS[name]) or not fits_itself(content, name):
+        raise BadInput(f"{path} is not as train.py writes it: the folder is no run of this version")
+    return content
 
 
 def best(found, most):

@@ -213,7 +213,8 @@ def describe(dataset, s):
     labelled, unlabelled, test = dataset.labelled, dataset.unlabelled, dataset.test
     on_step = torch.cat([video.on_a_step() for video in labelled])
     steps = np.array([video.steps for video in labelled + unlabelled + test])
-    in_crop = torch.cat([video.in_a_crop(s) for video in labelled])
+    too_long = sum(int((~video.in_a_crop(s)).sum()) for video in labelled)
+    long = f", {too_long} too long for a crop" if too_long else ""
     half = torch.cat([video.segments for video in labelled]).diff()[:, 0] / 2
     named = several(columns_of(labelled[0].source)[s.skip_columns:], 8)
     shares = []
@@ -224,8 +225,7 @@ def describe(dataset, s):
     return "\n".join([
         f"{len(labelled)} labelled, {len(unlabelled)} unlabelled, {len(test)} test videos; "
         f"ignored: {'; '.join(dataset.ignored) or 'nothing'}",
-        f"{len(on_step)} labelled instances, {(~on_step).sum()} of them without a grid step, "
-        f"{(~in_crop).sum()} too long for a crop; "
+        f"{len(on_step)} labelled instances, {(~on_step).sum()} of them without a grid step{long}; "
         f"{len(dataset.classes)} classes, {len(dataset.missing)} without a labelled instance",
         f"{steps.min()} to {steps.max()} steps a video, median {np.median(steps):.0f}, "
         f"of {dataset.dim} channels{named and ': '}{named}",

@@ -338,6 +338,13 @@ def filled(feats, bad):
     return np.asarray(feats)[good[before.clip(0)]]
 
 
+def place_of(source, name):
+    """A video's features as a message names them."""
+    if isinstance(source, np.ndarray):
+        return f"video {short(name)}: the array"
+    return f"video {short(name)}: feature file {source}"
+
+
 def read_features(source, how, name):
     """Features (T, D), memory-mapped where possible, read without executing anything.
 
@@ -368,13 +375,6 @@ def read_features(source, how, name):
         bad = bad_steps(feats)
         feats = filled(feats, bad) if bad.any() and not bad.all() else feats
     return feats
-
-
-def place_of(source, name):
-    """A video's features as a message names them."""
-    if isinstance(source, np.ndarray):
-        return f"video {short(name)}: the array"
-    return f"video {short(name)}: feature file {source}"
 
 
 # ---- What is known of a file --------------------------------------------------------------------
@@ -422,6 +422,11 @@ def memory_of(source, how):
     return Path(cache, "apl", f"{name[:32]}.npz")
 
 
+def digest_of(row):
+    """What tells that a row of numbers was changed."""
+    return hashlib.sha256(row.tobytes()).hexdigest()
+
+
 def remembered(memory, state):
     """The Sums in a file of the cache; None if it is of another state, or odd in any way."""
     with suppress(Exception), np.load(memory, allow_pickle=False) as known:
@@ -432,11 +437,6 @@ def remembered(memory, state):
         if sound and np.isfinite(row).all():
             return Sums(int(steps), mean, spread, int(gaps))
     return None
-
-
-def digest_of(row):
-    """What tells that a row of numbers was changed."""
-    return hashlib.sha256(row.tobytes()).hexdigest()
 
 
 def sum_once(source, how, name):

@@ -1,6 +1,4 @@
 """Tests of evaluate.py: mAP, detection of whole videos, the audit of pseudo labels."""
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -13,16 +11,13 @@ import model
 from plumbing.forms import Annotation
 from plumbing.settings import thresholds_of
 from plumbing.words import BadInput
-from tests.helpers import TINY, edit, evaluated, own_argv, refused, settings, small_detector
+from tests.helpers import TINY, own_argv, read_result, record, refused, settings, small_detector
+from tests.users import TESTED, entries, predict, score_of
 
-# ---- mAP ----------------------------------------------------------------------------------------
 
 def ap_by_hand(truth, found, tiou):
-    """The toolkit's definition, detection by detection.
-
-    truth  [(video, segment)], found [(video, segment, score)]"""
-    used = set()
-    tp = []
+    """The toolkit's definition: truth [(video, segment)], found [(video, segment, score)]."""
+    used, tp = set(), []
     for video, segment, _ in sorted(found, key=lambda detection: -detection[2]):
         free = [(model.tiou(np.array(segment), np.array(instance)), i)
                 for i, (name, instance) in enumerate(truth) if name == video and i not in used]
@@ -30,25 +25,18 @@ def ap_by_hand(truth, found, tiou):
         tp.append(overlap >= tiou)
         if tp[-1]:
             used.add(best)
-    recall = np.cumsum(tp) / len(truth)
     precision = np.cumsum(tp) / np.arange(1, len(tp) + 1)
-    steps = np.diff(recall, prepend=0)
-    return sum(step * max(precision[i:]) for i, step in enumerate(steps))
+    return sum(max(precision[i:]) / len(truth) for i, hit in enumerate(tp) if hit)
 
 
-def test_map_against_a_loop():
+def test_map_against_a_loop_and_of_perfect_empty_and_repeated_predictions():
     rng = np.random.default_rng(0)
-
-    def draw():
-        return np.cumsum([rng.uniform(0, 30), rng.uniform(2, 8)]).tolist()
-
-    truth = {}
-    found = {}
+    truth, found = {}, {}
     for name in ("v0", "v1", "v2", "v3", "unknown"):
-        segments = np.array([draw() for _ in range(5)])
-        truth[name] = Annotation("test", 40.0, 1.0, segments, list("aabab"))
+        segments = np.cumsum(rng.uniform([0, 2], [30, 8], (45, 2)), 1)
+        truth[name] = Annotation("test", 40.0, 1.0, segments[:5], list("aabab"))
         found[name] = [{"label": str(rng.choice(["a", "b"])), "score": rng.uniform(),
-                        "segment": draw()} for _ in range(40)]
+                        "segment": segment} for segment in segments[5:].tolist()]
     del truth["unknown"]
     metrics = evaluate.mean_average_precision(truth, found, [0.3, 0.5, 0.7])
     for label in "ab":
@@ -59,39 +47,27 @@ def test_map_against_a_loop():
         expected = [ap_by_hand(instances, detections, tiou) for tiou in (0.3, 0.5, 0.7)]
         assert metrics["ap"][label] == pytest.approx(expected, abs=1e-9)
     assert metrics["average_mAP"] == pytest.approx(np.mean(metrics["mAP"]))
-
-
-def test_perfect_and_empty_predictions():
     segments = np.array([[0.0, 2.0], [0.0, 2.0], [4.0, 5.0]])
     truth = {"v": Annotation("test", 9.0, 1.0, segments, ["a", "b", "a"])}
     hits = [{"label": label, "score": 0.5, "segment": segment}
             for label, segment in zip("aba", segments.tolist())]
-    perfect, empty, none, twice = (
-        evaluate.mean_average_precision(truth, found, [0.5])
-        for found in ({"v": hits}, {"v": []}, {}, {"v": hits + hits}))
-    assert perfect["mAP"] == [1.0]
-    assert empty["mAP"] == [0.0]
-    assert none["average_mAP"] == 0.0
+    perfect, empty, none, twice = (evaluate.mean_average_precision(truth, found, [0.5])
+                                   for found in ({"v": hits}, {"v": []}, {}, {"v": hits + hits}))
+    assert (perfect["mAP"], empty["mAP"], none["average_mAP"]) == ([1.0], [0.0], 0.0)
     assert twice["ap"]["b"] == [1.0]  # a repeat behind all true ones costs nothing
 
 
 def test_predictions_of_a_class_that_the_subset_lacks_count_nowhere(own, capsys):
-    def leave(annotations):
-        def change(database):
-            for name in ("v10", "v11", "v12", "v13"):
-                database[name]["annotations"] = annotations
-        edit(own, change)
-
-    leave([{"segment": [2.0, 8.0], "label": "A"}, {"segment": [12.0, 20.0], "label": "A"}])
+    instances = [{"segment": [t, t + 6.0], "label": "A"} for t in (2.0, 12.0)]
+    entries(TESTED, annotations=instances)(own)
     found = [{"label": label, "score": 0.5, "segment": [2, 8]} for label in "AB"]
-    (own / "pred.json").write_text(json.dumps({"results": {"v10": found}}))
-    argv = ("--pred", own / "pred.json", "--gt", own / "own.json", "--subset", "validation")
-    assert evaluated(*argv, "--json", own / "out.json") == 0
-    assert set(json.loads((own / "out.json").read_text())["ap"]) == {"A"}
-    leave([])
+    argv = [*predict(own, {"v10": found}), "--subset", "validation"]
+    assert score_of(own, argv) > 0
+    assert set(read_result(own / "out.json")["ap"]) == {"A"}
+    entries(TESTED, annotations=[])(own)
     capsys.readouterr()
-    refused(["evaluate", *argv], capsys, "own.json", "no instance")
-    refused(own_argv(own), capsys, "own.json", "no instance")
+    for command in (argv, own_argv(own)):
+        refused(command, capsys, "own.json", "no instance")
 
 
 def test_threshold_lists():
@@ -102,8 +78,6 @@ def test_threshold_lists():
         with pytest.raises(BadInput):
             thresholds_of(bad)
 
-
-# ---- Detection ----------------------------------------------------------------------------------
 
 class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that any operation returns."""
@@ -117,42 +91,31 @@ class Largest(TorchDispatchMode):
 
 
 def test_detection_of_a_long_video_needs_memory_in_proportion_to_its_length():
-    detector = small_detector(windows="5,5,5")
-    sizes = []
+    detector, sizes = small_detector(windows="5,5,5"), []
     for T in (10_000, 100_000):
         with Largest() as largest, torch.no_grad():
             outputs = detector(torch.randn(1, T, 6), torch.ones(1, T, dtype=torch.bool))
             evaluate.suppress(outputs, settings())
         sizes.append(largest.size)
-    assert outputs.mask.sum() == 175_000
-    assert sizes[0] > 10_000
-    assert sizes[1] < 10.1 * sizes[0]
+    assert outputs.mask.sum() == 175_000 and 10_000 < sizes[0] and sizes[1] < 10.1 * sizes[0]
 
 
 def test_detection_decodes_suppresses_and_exports_seconds():
-    s = settings(*TINY)
-    d = data.training_data(settings())
+    s, d = settings(*TINY), data.training_data(settings())
     detector = model.Detector(d.dim, len(d.classes), s)
     detector.cls_out.bias.data.fill_(0.0)
     videos = d.test[:3]
-    name = videos[1].id
     detections = evaluate.detect(detector, videos, d, s)
     assert list(detections) == [video.id for video in videos]
-    scores = detections[name]["scores"]
-    assert 0 < len(scores) <= s.max_detections
-    assert (scores.diff() <= 0).all()
-    alone = evaluate.detect(detector, videos[1:2], d, s)[name]["scores"]
-    assert torch.allclose(scores[:20], alone[:20], atol=1e-5)
     columns = {"label": "labels", "score": "scores", "segment": "segments"}
-    results = evaluate.export(
-        videos, detections, columns, {"labels": d.classes})
+    results = evaluate.export(videos, detections, columns, {"labels": d.classes})
     for video in videos:
-        segments = [found["segment"] for found in results[video.id]]
-        assert all(0 <= start <= end <= video.duration for start, end in segments)
-    assert {found["label"] for found in results[name]} <= set(d.classes)
+        scores = detections[video.id]["scores"]
+        assert 0 < len(scores) <= s.max_detections and (scores.diff() <= 0).all()
+        for found in results[video.id]:
+            start, end = found["segment"]
+            assert 0 <= start <= end <= video.duration and found["label"] in d.classes
 
-
-# ---- The audit of pseudo labels -----------------------------------------------------------------
 
 KEYS = ("class_accuracy", "mean_tIoU", "positive_accuracy", "precision", "recall")
 NOTHING = ([], [])
@@ -165,16 +128,12 @@ HIT_REPEAT_WRONG_MISS = ([[0.0, 4.0], [0.0, 3.0], [10.0, 19.0], [25.0, 29.0]], [
     (HIT_REPEAT_WRONG_MISS, TWO, [0.5, (1 + 0.75 + 0.9) / 4, 0.5, 0.25, 0.5]),
     (TWICE, TWICE, [0.5, 1, 0.5, 1, 1]),  # of instances that overlap alike the first has the class
     (NOTHING, NOTHING, [0] * 5),
-    (TWO, NOTHING, [0] * 5),
-], ids=["by hand", "twice labelled", "no pseudo label", "no instance"])
+    (TWO, NOTHING, [0] * 5)])
 def test_pseudo_label_quality(found, hidden, expected):
-    (found, found_labels), (segments, labels) = (
-        (torch.tensor(part).view(-1, 2), torch.tensor(numbers).long())
-        for part, numbers in (found, hidden))
-    video = data.LabelledVideo("v", None, "", data.Grid(1, 1, 1), 30, 30.0, False,
-                               segments=segments, labels=labels)
-    scores = torch.linspace(0.9, 0.6, len(found))
-    record = {"segments": found, "labels": found_labels, "scores": scores}
-    quality = evaluate.pseudo_label_quality({"v": record}, {"v": video})
+    found, hidden = record(*found, [0] * len(found[1])), record(*hidden, [])
+    video = data.LabelledVideo("v", None, "", data.Grid(1, 1, 1), 30, 30.0, 30,
+                               hidden["segments"], hidden["labels"])
+    found["scores"] = torch.linspace(0.9, 0.6, len(found["scores"]))
+    quality = evaluate.pseudo_label_quality({"v": found}, {"v": video})
     assert quality == pytest.approx(dict(zip(KEYS, expected)))
     assert set(evaluate.pseudo_label_quality({}, {"v": video}).values()) == {0.0}

@@ -10,17 +10,8 @@ import evaluate
 import train
 from plumbing import forms, public
 from plumbing.words import BadInput
-from tests.helpers import (
-    SHARED,
-    evaluated,
-    finished,
-    needs_shared,
-    own_argv,
-    read_log,
-    read_result,
-    refused,
-    settings,
-)
+from tests import helpers
+from tests.helpers import SHARED, evaluated, finished, needs_shared, own_argv, read_result, refused
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +27,22 @@ def two(tmp_path_factory):
     return finished(tmp_path_factory, train.main, own_argv, "--stage", "supervised")
 
 
-# ---- A new video --------------------------------------------------------------------------------
+def assert_found(predicted, localize, path):
+    """A Localizer finds in a file of features what a run predicted of the video."""
+    segments, labels, scores = localize(np.load(path))
+    assert labels == [d["label"] for d in predicted]
+    assert scores.tolist() == pytest.approx([d["score"] for d in predicted], abs=1e-6)
+    assert np.abs(segments - [d["segment"] for d in predicted]).max() < 1e-4
+
 
 def test_python_command_and_run_find_the_same_in_a_video(two, tmp_path, capsys):
+    features = two / "features/v12.npy"
     predicted = read_result(two / "run/predictions.json")["results"]["v12"]
     assert len(predicted) > 10
     for path in (two / "run", two / "run/checkpoint.pt", two / "run/detector.pt"):
-        segments, labels, scores = evaluate.Localizer(path)(np.load(two / "features/v12.npy"))
-        assert labels == [d["label"] for d in predicted]
-        assert scores.tolist() == pytest.approx([d["score"] for d in predicted], abs=1e-6)
-        assert np.abs(segments - [d["segment"] for d in predicted]).max() < 1e-4
-    video = ("--checkpoint", two / "run/detector.pt", "--features", two / "features/v12.npy",
-             "--min-score", predicted[4]["score"] - 1e-6)
+        assert_found(predicted, evaluate.Localizer(path), features)
+    video = ("--checkpoint", path, "--features", features, "--min-score",
+             predicted[4]["score"] - 1e-6)
     assert evaluated(*video, "--out", tmp_path / "found.json") == 0
     found = read_result(tmp_path / "found.json")["results"]["v12"]
     rounded = [(d["label"], round(d["score"], 2)) for d in predicted[:5]]
@@ -57,107 +52,86 @@ def test_python_command_and_run_find_the_same_in_a_video(two, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
     assert f"{rounded[0][1]:.2f}  {rounded[0][0]}" in lines[1]
+    # The grid of a new video can be another.
+    as_trained = evaluate.Localizer(two / "run")(np.load(features))[0]
+    twice = evaluate.Localizer(two / "run", fps=25.0)(np.load(features))[0]
+    assert len(twice)
+    assert np.allclose(2 * as_trained, twice, atol=1e-4)
 
 
 def test_what_is_found_is_written_as_json_csv_and_subtitles(two, tmp_path, capsys):
-    def argv(features, *more):
-        return ("--checkpoint", two / "run", "--features", features, "--min-score", 0, *more)
-
+    argv = ("--checkpoint", two / "run", "--min-score", 0, "--features")
     one, table, titles = two / "features/v1.npy", tmp_path / "found.csv", tmp_path / "found.srt"
-    assert evaluated(*argv(two / "features", "--out", table)) == 0
-    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert evaluated(*argv, two / "features", "--out", table) == 0
+    rows = csv.DictReader(table.read_text().splitlines())
     assert {row["video"] for row in rows} == {f"v{i}" for i in range(14)}
-    assert evaluated(*argv(one, "--out", titles)) == 0
+    assert evaluated(*argv, one, "--out", titles) == 0
     first = titles.read_text().split("\n\n")[0].splitlines()
     assert first[0] == "1"
     assert " --> " in first[1]
     np.save(tmp_path / "wide.npy", np.zeros((20, 7)))
-    capsys.readouterr()
-    for bad, words in ((argv(two / "features", "--out", titles), ["found.srt", "one video"]),
-                       (argv(one, "--out", tmp_path / "found.txt"), ["found.txt"]),
-                       (argv(tmp_path / "wide.npy"), ["7 channels", "5"])):
-        refused(["evaluate", *bad], capsys, *words)
-
-
-def test_the_grid_of_a_new_video_can_be_another(two):
-    feats = np.load(two / "features/v1.npy")
-    as_trained = evaluate.Localizer(two / "run")(feats)
-    twice = evaluate.Localizer(two / "run", fps=25.0)(feats)
-    assert len(twice[0])
-    assert np.allclose(2 * as_trained[0], twice[0], atol=1e-4)
-
-
-def test_clocks():
-    assert forms.clock(3.04) == "0:03.0"
-    assert forms.clock(59.96) == "1:00.0"
+    for *bad, words in ((two / "features", "--out", titles, ["found.srt", "one video"]),
+                        (one, "--out", tmp_path / "found.txt", ["found.txt"]),
+                        (tmp_path / "wide.npy", ["7 channels", "5"])):
+        capsys.readouterr()
+        refused(["evaluate", *argv, *bad], capsys, *words)
+    assert [forms.clock(3.04), forms.clock(59.96)] == ["0:03.0", "1:00.0"]
     assert forms.subtitle_clock(3725.5) == "01:02:05,500"
 
 
-# ---- The console and what a run leaves ----------------------------------------------------------
-
-def test_the_console_has_a_line_an_epoch_of_at_most_100_columns(whole):
-    lines = (whole / "stdout").read_text().splitlines()
+def test_the_console_has_short_lines_and_a_run_leaves_what_its_page_shows(whole, two):
+    run, lines = whole / "run", (whole / "stdout").read_text().splitlines()
     assert max(map(len, lines[:-7])) <= 100
     for stage in train.STAGES:
-        mine = [line for line in lines if line.startswith(stage) and line.endswith(" left")]
-        assert len(mine) == 2
-        assert len([row for row in read_log(whole / "run") if row["stage"] == stage]) > 2
-    metrics = read_result(whole / "run/metrics.json")
+        epochs = [line for line in lines if line.startswith(stage) and line.endswith(" left")]
+        assert len(epochs) == 2
+        assert len([row for row in helpers.read_log(run) if row["stage"] == stage]) > 2
+    metrics = read_result(run / "metrics.json")
     before, after = 100 * metrics["supervised_mAP"], 100 * metrics["average_mAP"]
     assert f"supervised {before:.2f} -> APL {after:.2f}" in lines
     assert "--features video.npy" in lines[-1]
-
-
-def test_what_stage_2_reached_is_the_same_in_a_run_of_its_own(whole, two):
-    reached = read_result(whole / "run/metrics.json")["supervised_mAP"]
-    assert reached == read_result(two / "run/metrics.json")["average_mAP"]
-
-
-def test_a_run_leaves_what_its_page_shows(whole):
-    videos = read_result(whole / "run/videos.json")
+    assert metrics["supervised_mAP"] == read_result(two / "run/metrics.json")["average_mAP"]
+    videos = read_result(run / "videos.json")
     parts = [video["part"] for video in videos.values()]
     assert [parts.count(part) for part in ("labelled", "unlabelled", "test")] == [3, 7, 4]
     hidden = [video for video in videos.values() if video["part"] == "unlabelled"]
     assert all(video["annotations"] is None for video in hidden)
     assert videos["v12"]["annotations"][0] == {"segment": [2.0, 8.0], "label": "A"}
-    points = read_result(whole / "run/representation.json")
+    points = read_result(run / "representation.json")
     assert len(points["label"]) == len(points["before"]) == len(points["after"]) == 3 * 10
     assert points["before"] != points["after"]
     assert points["classes"] == ["A", "B", "background"]
-    assert "v12" in (whole / "run/page.html").read_text()
+    assert "v12" in (run / "page.html").read_text()
 
 
 def test_help_lists_what_matters_first_with_the_defaults_in_force(capsys):
-    def text_of(*argv):
-        with pytest.raises(SystemExit) as end:
-            train.main([*argv, "--help"])
-        assert end.value.code == 0
-        return " ".join(capsys.readouterr().out.split())
-
-    text = text_of()
+    texts = []
+    for argv in (["--help"], ["--dataset", "thumos", "--help"]):
+        with pytest.raises(SystemExit, match="^0$"):
+            train.main(argv)
+        texts.append(" ".join(capsys.readouterr().out.split()))
+    text, thumos = texts
     assert text.index("--dataset") < text.index("--stride") < text.index("--focal-alpha")
     assert "[S] the paper states it" in text
     assert "one of mean+std, mean, mean-std, fixed, frequency" in text
     assert "0: every video is cut into as many as it has (default 1.0)" in text
-    assert "(default 4.0)" in text_of("--dataset", "thumos")
+    assert "(default 4.0)" in thumos
 
 
-# ---- Weights from elsewhere ---------------------------------------------------------------------
+# ---- Weights and classes from elsewhere ---------------------------------------------------------
 
 def test_a_run_starts_from_the_weights_of_another_with_other_classes(two, tmp_path, capsys):
     more = ("--init", two / "run/checkpoint.pt", "--ignore-labels", "B", "--stage", "pretrain",
             "--pretrain-epochs", 0, "--out", tmp_path / "run")
     assert train.main(own_argv(two, *more)) == 0
     assert "new: cls_out.weight, cls_out.bias;" in capsys.readouterr().out
-    first = torch.load(two / "run/checkpoint.pt", weights_only=True)["ema"]
-    second = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["detector"]
-    assert torch.equal(first["reg_out.weight"], second["reg_out.weight"])
-    other = tmp_path / "other.pt"
-    argv = own_argv(two, "--init", other, "--out", tmp_path / "two")
-    other.write_bytes(b"")
-    refused(argv, capsys, "other.pt", "cannot be read")
-    torch.save({"state_dict": {"module.x": torch.zeros(2)}}, other)
-    refused(argv, capsys, "other.pt", "no weight")
+    first, second = helpers.weights(two / "run"), helpers.weights(tmp_path / "run")
+    assert torch.equal(first["ema.reg_out.weight"], second["detector.reg_out.weight"])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"state_dict": {"module.x": torch.zeros(2)}}, tmp_path / "other.pt")
+    for name, words in (("empty.pt", "cannot be read"), ("other.pt", "no weight")):
+        argv = own_argv(two, "--init", tmp_path / name, "--out", tmp_path / "two")
+        refused(argv, capsys, name, words)
 
 
 @needs_shared
@@ -166,17 +140,16 @@ def test_a_public_checkpoint_gives_all_but_what_it_lacks(tmp_path, part):
     path = SHARED / "reference/actionformer_tiny.pth.tar"
     state = torch.load(path, weights_only=True)["state_dict"]
     torch.save({part: {f"module.{key}": value for key, value in state.items()}}, tmp_path / "a.pt")
-    config = json.loads((SHARED / "reference/actionformer_tiny.json").read_text())
-    ranges = ",".join(f"{low}:{high}" for low, high in config["regression_range"])
-    s = settings("--channels", config["embd_dim"], "--heads", config["n_head"], "--windows",
-                 config["n_mha_win_size"], "--ranges", ranges)
-    detector = train.model.Detector(config["input_dim"], config["num_classes"], s)
+    config = read_result(SHARED / "reference/actionformer_tiny.json")
+    detector = helpers.small_detector(
+        config["num_classes"], config["input_dim"], channels=config["embd_dim"],
+        heads=config["n_head"], windows=str(config["n_mha_win_size"]),
+        ranges=",".join(f"{low}:{high}" for low, high in config["regression_range"]))
     text = public.take_weights(detector, tmp_path / "a.pt")
     assert "new: quality.tiou.weight" in text
     assert text.endswith("not used: none")
-    expected = public.public_weights(state)
-    mine = detector.state_dict()
-    assert all(torch.equal(mine[name], value) for name, value in expected.items())
+    mine, expected = detector.state_dict(), public.public_weights(state)
+    assert helpers.same({name: mine[name] for name in expected}, expected)
 
 
 @needs_shared
@@ -184,51 +157,48 @@ def test_real_clips_go_through_a_detector_of_their_width(tmp_path):
     clips = SHARED / "data/thumos14/clips"
     argv = ["--dataset", "thumos", "--annotations", clips / "clips.json", "--features", clips,
             "--train-subset", "test", "--ratio", 0.5, "--channels", 16, "--device", "cpu"]
-    shape = settings(*argv)
-    other = train.model.Detector(2048, 20, shape)
+    other = train.model.Detector(2048, 20, helpers.settings(*argv))
     torch.save({"state_dict": other.state_dict()}, tmp_path / "af.pt")
-    steps = ["--pretrain-epochs", 1, "--supervised-epochs", 1, "--supervised-steps", 1,
-             "--joint-epochs", 1, "--no-page", "--init", tmp_path / "af.pt", "--out",
-             tmp_path / "run"]
-    assert train.main([str(word) for word in argv + steps]) == 0
-    segments, labels, scores = evaluate.Localizer(tmp_path / "run")(clips / "highjump.npy")
+    argv += ["--pretrain-epochs", 1, "--supervised-epochs", 1, "--supervised-steps", 1,
+             "--joint-epochs", 1, "--no-page", "--init", tmp_path / "af.pt",
+             "--out", tmp_path / "run"]
+    assert train.main([str(word) for word in argv]) == 0
+    localize = evaluate.Localizer(tmp_path / "run")
+    segments, labels, scores = localize(clips / "highjump.npy")
     assert len(segments) == len(labels) == len(scores) > 0
     with pytest.raises(BadInput, match="2048"):
-        evaluate.Localizer(tmp_path / "run")(np.zeros((9, 4)))
+        localize(np.zeros((9, 4)))
 
-
-# ---- Classes from elsewhere ---------------------------------------------------------------------
 
 def test_video_level_scores_name_the_classes_of_a_detector_without(own, capsys):
+    external = own / "scores.json"
     argv = own_argv(own, "--one-class", "--stage", "supervised", "--supervised-steps", 60)
     assert train.main(argv) == 0
     alone = read_result(own / "run/metrics.json")
     assert set(alone["ap"]) == {"action"}
     assert alone["external_scores"] == ""
-    truth = json.loads((own / "own.json").read_text())["database"]
-    labels = {name: [a["label"] for a in entry["annotations"]] for name, entry in truth.items()}
-    lists = {name: [labels[name].count("A"), labels[name].count("B"), 0] for name in labels}
-    content = {"results": lists, "class": ["A", "B", "C"]}
-    (own / "scores.json").write_text(json.dumps(content))
+    lists = {}
+    for name, entry in read_result(own / "own.json")["database"].items():
+        labels = [a["label"] for a in entry["annotations"]]
+        lists[name] = [labels.count("A"), labels.count("B"), 0]
+    external.write_text(json.dumps({"results": lists, "class": ["A", "B", "C"]}))
     capsys.readouterr()
-    evaluating = ("--checkpoint", own / "run", "--ext-scores", own / "scores.json")
+    evaluating = ("--checkpoint", own / "run", "--ext-scores", external)
     assert evaluated(*evaluating, "--json", own / "m.json") == 0
     assert "with external video-level scores" in capsys.readouterr().out
     named = read_result(own / "m.json")
     assert set(named["ap"]) == {"A", "B"}
     assert named["average_mAP"] > 0
-    assert named["external_scores"] == str(own / "scores.json")
-    (own / "scores.json").write_text('{"results": {"v12": [1, 2]}}')
+    assert named["external_scores"] == str(external)
+    external.write_text('{"results": {"v12": [1, 2]}}')
     refused(["evaluate", *evaluating], capsys, "scores.json", "v12")
-    refused(own_argv(own, "--ext-scores", own / "scores.json"), capsys, "--one-class")
+    refused(own_argv(own, "--ext-scores", external), capsys, "--one-class")
 
 
 def test_each_detection_gets_the_two_best_classes_of_its_video():
     one = [{"label": "action", "score": 0.25, "segment": [1, 2]}]
-    results = {"a": one, "b": one, "c": one}
     scores = {"a": {"x": 0.04, "y": 1.0, "z": 0.0}, "v_b": {"x": 0.16}}
-    found = forms.with_video_scores(results, scores)
-    assert [(d["label"], d["score"]) for d in found["a"]] == [
-        ("y", pytest.approx(0.5)), ("x", pytest.approx(0.1))]
-    assert [(d["label"], d["score"]) for d in found["b"]] == [("x", pytest.approx(0.2))]
-    assert found["c"] == []
+    found = forms.with_video_scores(dict.fromkeys("abc", one), scores)
+    pairs = {name: [(d["label"], d["score"]) for d in listed] for name, listed in found.items()}
+    assert pairs == {"a": [("y", pytest.approx(0.5)), ("x", pytest.approx(0.1))],
+                     "b": [("x", pytest.approx(0.2))], "c": []}
