@@ -287,8 +287,7 @@ def training_data(s):
     everything = chosen.everything()
     train = chosen.annotated | chosen.bare
     classes = forms.class_names(everything.values())
-    every = not s.split and (chosen.bare or s.dataset not in PRESETS)
-    ratio = s.ratio or (1.0 if every else 0.1)
+    ratio = sources.labelled_share(chosen, s)
     names = split_videos(chosen.annotated, ratio, s.split, s.seed)
     videos, sums = open_videos(chosen, s)
 
@@ -372,15 +371,13 @@ def read_steps(video, window, dim):
 
     What is float64 stays so until it is standardised: far from 0 float32 has no digits left.
     Raises BadInput where the file is not what it was when the run began."""
-    feats = read_features(video.source, video.reading, video.id)
-    if feats.shape != (video.source_steps, dim):
-        raise BadInput(f"video {short(video.id)}: feature file {video.source} was replaced: its "
-                       f"shape is {feats.shape}, no longer {(video.source_steps, dim)}")
-    if video.source_steps == video.steps:
+    feats = read_features(video.source, video.reading, video.id, (video.source_steps, dim))
+    resized = video.source_steps != video.steps
+    if not resized:
         feats = feats[window]
     kind = np.float64 if feats.dtype == np.float64 else np.float32
     x = torch.from_numpy(np.array(feats, dtype=kind))
-    if video.source_steps != video.steps:
+    if resized:
         x = F.interpolate(x.T[None], size=video.steps, mode="linear", align_corners=False)[0].T
         x = x[window]
     return x

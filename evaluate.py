@@ -289,8 +289,8 @@ def pseudo_label_quality(records, hidden):
              of the class at tIoU 0.5"""
     total = torch.zeros(4).double()
     found = instances = 0
-    for name, record in records.items():
-        video = hidden[name]
+    for name, video in hidden.items():
+        record = records[name]
         overlap = tiou(record["segments"][:, None], video.segments)  # (M, N)
         best, nearest = F.pad(overlap, (0, 1)).max(1)  # one more: 0 without an instance
         labels = F.pad(video.labels, (0, 1), value=-1)
@@ -371,7 +371,7 @@ def evaluate_checkpoint(args, changes, kind):
     return metrics, f"{args.checkpoint} ({s.weights} weights)"
 
 
-def evaluate_predictions(args, changes, kind):
+def evaluate_predictions(args):
     """(metrics, title) of --pred against --gt; raises BadInput."""
     annotations = forms.read_annotations(args.gt, args.ignore_labels or "")
     predictions = forms.read_predictions(args.pred)
@@ -388,8 +388,8 @@ def main(argv=None, kind=DetectionSettings):
         if mode == "new":
             find_actions(Localizer(args.checkpoint, kind, **changes), args)
         else:
-            judge = {"test": evaluate_checkpoint, "predictions": evaluate_predictions}[mode]
-            metrics, title = judge(args, changes, kind)
+            metrics, title = (evaluate_predictions(args) if mode == "predictions"
+                              else evaluate_checkpoint(args, changes, kind))
             if args.json:
                 write_json(args.json, metrics)
             say(forms.table(metrics, title))

@@ -444,11 +444,10 @@ def report_pseudo_labels(run, best=None):
     teach; print it where they are new, and warn where none teaches.
 
     best  the best score of what they were made of; None: they are not new"""
-    kept, dropped, mined, candidates = counts = [
-        int((data.gather(run.pseudo, "status") == i).sum()) for i in range(len(icd.STATUS))]
+    status = data.gather(run.pseudo, "status").long()
+    kept, dropped, mined, candidates = counts = status.bincount(minlength=len(icd.STATUS)).tolist()
     taught = {name: data.take(record, teaches(record)) for name, record in run.pseudo.items()}
-    judged = {name: taught[name] for name in run.data.hidden}
-    quality = evaluate.pseudo_label_quality(judged, run.data.hidden) if run.s.audit else {}
+    quality = evaluate.pseudo_label_quality(taught, run.data.hidden) if run.s.audit else {}
     run.folder.log(
         run.at, positives=kept + dropped, candidates=mined + candidates, dropped=dropped,
         mined=mined, theta_h=run.theta_h,

@@ -345,11 +345,12 @@ def place_of(source, name):
     return f"video {short(name)}: feature file {source}"
 
 
-def read_features(source, how, name):
+def read_features(source, how, name, shape=None):
     """Features (T, D), memory-mapped where possible, read without executing anything.
 
     source  a file .npy, .npz, .pt, .csv or .tsv, or an array
     how     a Reading
+    shape   (T, D) that it had, where it was read before
     Raises BadInput if the file is missing, truncated, pickled, of another shape or empty."""
     where = place_of(source, name)
     feats = source
@@ -371,6 +372,8 @@ def read_features(source, how, name):
         raise BadInput(f"{where} has {feats.shape[1]} columns, and --skip-columns {how.skip} "
                        "leaves none")
     feats = feats[:, how.skip:]
+    if shape and feats.shape != shape:
+        raise BadInput(f"{where} was replaced: its shape is {feats.shape}, no longer {shape}")
     if how.fill:
         bad = bad_steps(feats)
         feats = filled(feats, bad) if bad.any() and not bad.all() else feats

@@ -136,6 +136,14 @@ def take_training(chosen, s):
                    if name not in chosen.annotated}
 
 
+def labelled_share(chosen, s):
+    """The share of the annotated training videos that are labelled.
+
+    Not given, it is all of own data, and where others have no annotations, if no split is drawn."""
+    every = not s.split and (chosen.bare or s.dataset not in ("toy", *LAYOUTS))
+    return s.ratio or (1.0 if every else 0.1)
+
+
 def take_files_without_entry(chosen, s):
     """Take the feature files without an entry, or say that they are ignored.
 
