@@ -1,5 +1,5 @@
 """Checks: what is odd about a data set or about predictions; what a run says of its data."""
-from itertools import compress
+from itertools import compress, takewhile
 
 import numpy as np
 import torch
@@ -34,7 +34,8 @@ def rises_evenly(sums, channel):
     T = np.array([x.steps for x in sums.values()], dtype=np.float64)
     spread = np.array([x.spread[channel] for x in sums.values()])
     b = np.sqrt(12 * spread / np.maximum(T * (T ** 2 - 1), 1))
-    return len(T) > 1 and b.min() > 0 and b.max() < (1 + 1e-4) * b.min() and len(set(T)) > 1
+    enough = len(T) > 2 or len(set(T)) == 2
+    return enough and b.min() > 0 and b.max() < (1 + 1e-4) * b.min()
 
 
 def odd_features(sums):
@@ -43,11 +44,11 @@ def odd_features(sums):
     if gaps:
         yield (f"{sum(gaps.values())} steps of {len(gaps)} videos hold NaN or infinity and were "
                f"filled from the step before: {several(gaps)}")
-    width = min((len(x.mean) for x in sums.values()), default=0)
-    clocks = [channel for channel in range(min(width, 3)) if rises_evenly(sums, channel)]
+    channels = range(min((len(x.mean) for x in sums.values()), default=0))
+    clocks = len([*takewhile(lambda channel: rises_evenly(sums, channel), channels)])
     if clocks:
-        yield (f"the column {clocks[-1]} of the features, counted from 0, rises evenly in every "
-               f"video, as a clock or row number does; --skip-columns {clocks[-1] + 1} drops it")
+        yield (f"the first {clocks} column(s) of the features rise evenly in every video, as a "
+               f"clock or a row number does; --skip-columns {clocks} leaves them out")
 
 
 def check_grid(a, s, where):
@@ -63,7 +64,7 @@ def likely_unit(last, duration, fps):
     a_second = {"frames": fps, "milliseconds": 1e3, "microseconds": 1e6}
     for unit, number in a_second.items():
         if number and 0.1 * duration < last / number <= duration:
-            return f"; are its times {unit}, not seconds?"
+            return f"; are the times {unit}, not seconds?"
     return ""
 
 
@@ -127,7 +128,7 @@ def why_nothing(labelled, annotations, s):
     longest = segments.diff().max() if len(segments) else 0
     last_step = max(video.steps for video in labelled)
     if not written:
-        return "they have none; --split stratified draws videos that have some"
+        return "they have no instance; --split stratified draws videos that have some"
     if not len(segments):
         return (f"their {written} instances are empty or outside the video and left out, as "
                 "--bad-segments skip says")
@@ -148,8 +149,9 @@ def check_labelled(labelled, annotations, path, s):
     """Yield warnings about the LabelledVideos; raises BadInput where nothing is to be learned."""
     why = why_nothing(labelled, annotations, s)
     if why:
-        raise BadInput(f"annotation file {path}: the labelled videos, "
-                       f"{several([video.id for video in labelled])}, teach nothing: {why}")
+        names = several([video.id for video in labelled])
+        raise BadInput(f"annotation file {path}: there is nothing to learn from the labelled "
+                       f"videos {names}: {why}")
     on_step = torch.cat([video.on_a_step() for video in labelled])
     in_crop = torch.cat([video.in_a_crop(s) for video in labelled])
     if not on_step.all():

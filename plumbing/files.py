@@ -271,7 +271,7 @@ def open_table(path):
     """(the open text file, what stands between its cells, the cells of its header or [])."""
     file = open(path, encoding="utf-8-sig")  # noqa: SIM115, the caller closes it
     first, second = file.readline(), file.readline()
-    between = max(",;\t", key=first.count)
+    between = next((mark for mark in "\t;" if mark in first), ",")
     cells = first.strip("\r\n").split(between)
     header = cells if is_header(cells, second) else []
     file.seek(0)
@@ -302,11 +302,12 @@ def read_table(path, key, what):
     file, between, header = open_table(path)
     with file:
         start = file.tell()
-        try:
-            return np.loadtxt(file, delimiter=between, ndmin=2, comments=None)
-        except ValueError:
-            file.seek(start)
-            fault = kind_of(path) or odd_cell(file, between, int(bool(header)))
+        with suppress(ValueError):
+            found = np.loadtxt(file, delimiter=between, ndmin=2, comments=None)
+            if found.size:
+                return found
+        file.seek(start)
+        fault = kind_of(path) or odd_cell(file, between, int(bool(header)))
     raise BadInput(f"{what} {path} cannot be read: {fault}")
 
 
@@ -457,9 +458,9 @@ def sum_once(source, how, name):
     sums = known or sum_features(source, how, name)
     if ours and not known and is_first():
         row = np.hstack([state, sums.steps, sums.gaps, sums.mean, sums.spread])
-        with suppress(OSError, BadInput):
+        with suppress(OSError):
             memory.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(memory, lambda file: np.savez(file, row=row, digest=digest_of(row)))
+            np.savez(memory, row=row, digest=digest_of(row))
     return sums
 
 
