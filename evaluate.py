@@ -384,7 +384,7 @@ def evaluate_predictions(args):
 def main(argv=None, kind=DetectionSettings):
     """The command line -> the exit code; kind: the class of a checkpoint's settings."""
     with guard() as stop:
-        args, changes, mode = evaluation_of(argv, kind, __doc__.split("\n")[0])
+        args, changes, mode = evaluation_of(argv, kind)
         if mode == "new":
             find_actions(Localizer(args.checkpoint, kind, **changes), args)
         else:

@@ -35,7 +35,7 @@ from acp import ACP
 from alqa import SCOPES, SOFT_LABELS, THRESHOLDS
 from icd import REFINEMENTS, SCORES
 from plumbing import checkpoints, checks, files, journal, processes, public, resume, runs, settings
-from plumbing.arguments import settings_of
+from plumbing.arguments import settings_of, words_of
 from plumbing.settings import (
     AtLeast1,
     Count,
@@ -114,8 +114,7 @@ class JointSettings(settings.CheckedSettings):
     """Pseudo labels and stage 3.
 
     Tab. 3(a): baseline --alqa none --icd none --acp none --threshold fixed; + ALQA --icd none
-    --acp none; + ICD --acp none; + ACP --acp coarse+fine; all with --paper for toy and own data.
-    """
+    --acp none; + ICD --acp none; + ACP --acp coarse+fine; toy and own data with --paper."""
     since = "joint"
     heading = "pseudo labels, stage 3"
     theta_l: Share("joint scores below are dropped, Eq. (6) [S]") = 0.15
@@ -147,7 +146,6 @@ class Settings(PretrainSettings, SupervisedSettings, JointSettings, settings.Run
                  "--alqa none --acp none]") = "all"
 
     preset = staticmethod(data.preset)  # what --dataset and --paper change
-    TITLE = "APL, adaptive pseudo-label learning."
     TRAIN, EVALUATE = "python train.py", "python evaluate.py"  # this detector's commands
     FIRST = ("dataset", "features", "unlabelled_features", "stride", "frames", "fps", "ratio",
              "split", "seed", "channels", "stage", "out", "resume", "check")
@@ -527,8 +525,7 @@ def end_epoch(run):
     run.at.epoch += 1
     run.at.done = 0
     resume.save(run)
-    if run.steps:
-        journal.show_epoch(run)
+    journal.show_epoch(run)
     run.folder.stop.gently = False
     if runs.asked_to_stop(run.folder.stop, run.s.device):
         raise runs.Stopped
@@ -588,31 +585,45 @@ def train(run):
 
 def launch(s):
     """The Run that the settings ask for, new, resumed or begun at another's; raises BadInput."""
-    if not s.check:
-        runs.check_folder(s)
+    runs.check_folder(s)
     dataset = data.training_data(s)
     say(checks.describe(dataset, s))
     warn(dataset.warnings)
     run = begin(s, dataset)
     checks.check_positives(run.detector, dataset, s)
-    if s.resume or s.start:
-        limits = dict.fromkeys(PSEUDO_LABEL.values()) | {
-            "labels": len(dataset.classes), "status": len(icd.STATUS)}
-        path = run.folder.path / "checkpoint.pt" if s.resume else s.start
-        resume.restore(run, path, STAGES, limits)
+    limits = dict.fromkeys(PSEUDO_LABEL.values()) | {
+        "labels": len(dataset.classes), "status": len(icd.STATUS)}
+    resume.restore(run, STAGES, limits)
     return run
 
 
-def main(argv=None, kind=Settings):
-    """The command line -> the exit code; kind: the class of the settings, which build all."""
-    with runs.guard("; nothing was saved yet") as stop:
+def carry_out(argv, kind, guard):
+    """Do what a command line asks for, in a guard of runs -> its Stop; kind builds all."""
+    with guard("; nothing was saved yet") as stop:
         s = settings_of(argv, kind)
         processes.join_processes(s.device)
         run = launch(s)
         if not s.check:
             resume.take_folder(run, stop, STAGES)
             train(run)
-    return stop.code
+    return stop
+
+
+def fit(*, kind=Settings, **given):
+    """From Python: settings as of the command line, fit(dataset="my.json", stride=25, ...).
+
+    -> the content of metrics.json, or None, and a Localizer; with check=True twice None. Raises
+    BadInput; after a signal KeyboardInterrupt, when the step under way is saved."""
+    folder = carry_out(words_of(given, kind), kind, runs.watch).folder
+    if not folder:
+        return None, None
+    localize = evaluate.Localizer(folder, kind, device=given.get("device") or "auto")
+    return journal.metrics_of(folder), localize
+
+
+def main(argv=None, kind=Settings):
+    """The command line -> the exit code; kind: the class of the settings."""
+    return carry_out(argv, kind, runs.guard).code
 
 
 if __name__ == "__main__":

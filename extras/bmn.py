@@ -456,6 +456,11 @@ class Settings(train.Settings):
     margin: NotNegative("what is sampled on either side, as a share of the pair") = 0.5
 
     TRAIN = EVALUATE = "python -m extras.bmn"
+    FIRST = tuple(name for name in train.Settings.FIRST if name != "channels")
+    UNUSED = (  # of ActionFormer's network and of the losses of points
+        "channels", "heads", "windows", "ranges", "stem", "drop_path", "position", "offset_bias",
+        "quality_form", "soft_label", "beta", "label_smoothing", "focal_alpha", "focal_gamma",
+        "radius")
 
     def __post_init__(self):
         super().__post_init__()
@@ -553,7 +558,8 @@ def evaluate_proposals(path, annotations, subset):
 
 def show_proposals(argv):
     """The command line with --proposals; returns the exit code, 2 for bad input."""
-    parser = Parser(description=evaluate_proposals.__doc__, allow_abbrev=False)
+    parser = Parser(
+        prog=Settings.EVALUATE, description=evaluate_proposals.__doc__, allow_abbrev=False)
     parser.add_argument("--proposals", required=True, help="predictions.json of a run")
     parser.add_argument("--gt", required=True, help="annotation file")
     parser.add_argument("--subset", default="validation", help="its test videos")

@@ -1,5 +1,5 @@
 """Command lines: from arguments to the settings of a run, or to what evaluation is asked for."""
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from plumbing import checkpoints, processes, runs, settings, sources
@@ -39,6 +39,27 @@ def settings_of(argv, kind):
     return kind(**given)
 
 
+def words_of(given, kind):
+    """The command line, a list of words, of settings {name: value} given in Python.
+
+    None is not given. Raises BadInput for a name that is none, with the nearest, and for a flag
+    that is no bool."""
+    types = {f.name: settings.type_of(f) for f in fields(kind)} | {"paper": bool}
+    settings.check_names(given, types)
+    words = []
+    for name, value in given.items():
+        flag = settings.flag(name)
+        if value is None:
+            continue
+        if types[name] is not bool:
+            words.append(f"{flag}={value}")
+        elif isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            raise BadInput(f"setting {name} must be of type bool, not {shown(value)}")
+    return words
+
+
 # ---- Evaluation ---------------------------------------------------------------------------------
 
 # The arguments of each mode of evaluate.py; below, those that are no settings: type and help.
@@ -72,12 +93,12 @@ def mode_of(args, moved):
     return "new" if args.features and not any(vars(args)[name] for name in moved) else "test"
 
 
-def evaluation_of(argv, kind, description):
+def evaluation_of(argv, kind):
     """(the arguments, those of them that are settings, which of MODES); raises BadInput.
 
     kind  the class of the settings"""
     names = dict.fromkeys(name for mode in MODES.values() for name in mode)
-    parser = settings.parser_of(names, kind, ARGUMENTS, description)
+    parser = settings.parser_of(names, kind, ARGUMENTS)
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if value is not None}
     if bool(args.checkpoint) == bool(args.pred) or bool(args.pred) != bool(args.gt):

@@ -69,7 +69,9 @@ def show_step(run, parts):
 
 
 def show_epoch(run):
-    """A line of at most 100 columns about the epoch that has ended."""
+    """A line of at most 100 columns about the epoch that has ended, where it had a step."""
+    if not run.steps:
+        return
     at = run.at
     line = f"{at.stage:<10} {at.epoch:>3}/{run.plan[at.stage][0]}"
     line += f"  loss {np.mean([float(step['loss']) for step in run.steps]):.3f}"
@@ -113,6 +115,12 @@ def report(run, results):
         whole["supervised_mAP"] = run.supervised_mAP
         say(f"supervised {100 * run.supervised_mAP:.2f} -> APL {100 * average:.2f}")
     files.write_json(out / "metrics.json", whole, indent=1)
+
+
+def metrics_of(folder):
+    """The content of a run's metrics.json, None where it has none; raises BadInput."""
+    path = folder / "metrics.json"
+    return files.read_json(path, "metrics") if path.exists() else None
 
 
 def farewell(run):

@@ -69,10 +69,14 @@ def expected_of(run, stages, limits):
         run.s, known, FORMER, TUNED, state_of(run), run.parts(), limits)
 
 
-def restore(run, path, stages, limits):
-    """Load a checkpoint, the run's own or that of --start, into a run; raises BadInput.
+def restore(run, stages, limits):
+    """Load the checkpoint of --resume or --start into a run, where one is asked for.
 
-    stages, limits  as expected_of() has them"""
+    stages, limits  as expected_of() has them
+    Raises BadInput."""
+    if not run.s.resume and not run.s.start:
+        return
+    path = run.folder.path / "checkpoint.pt" if run.s.resume else run.s.start
     content = checkpoints.load(path, type(run.s), expected_of(run, stages, limits))
     for key, part in run.parts().items():
         part.load_state_dict(content[key])

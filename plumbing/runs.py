@@ -18,12 +18,16 @@ from plumbing.words import BadInput, complain, is_first, say, warn
 
 # ---- Signals and errors -------------------------------------------------------------------------
 
-class Stopped(BaseException):
+class Stopped(KeyboardInterrupt):
     """A signal has stopped the run: no error that what reads files would take for one of theirs."""
 
 
 class Diverged(BadInput):
     """The loss or a gradient is no number any more."""
+
+
+class Broken(BadInput):
+    """The memory is too small, or another process has ended: the first process alone says so."""
 
 
 @dataclass
@@ -33,6 +37,7 @@ class Stop:
     gently: bool = False  # whether a step is under way, which is finished and saved first
     way_on: str = ""  # "; " and how to go on from what is saved, in words
     lock: object = None  # the open file that keeps other runs out of the folder
+    folder: Path = None  # which is that of the run
     code: int = 0  # the exit code
 
 
@@ -68,12 +73,12 @@ def lost_another(error):
 
 
 @contextmanager
-def guard(unsaved=""):
-    """A command's signals and errors -> a Stop, whose `code` is the exit code afterwards.
+def watch(unsaved=""):
+    """The signals and errors of a call from Python -> a Stop.
 
-    2 for bad input, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, each with a sentence;
-    what is no error of input is raised. Others may wait for a process that failed: torchrun ends
-    them.
+    Raises BadInput for input that cannot be used, a file that cannot be written or too little
+    memory, and Stopped, a KeyboardInterrupt, after a signal, each with a sentence; anything else
+    as it is.
     unsaved  how the sentence ends where nothing is saved"""
     stop = Stop()
     before = on_signals(stop)
@@ -81,27 +86,43 @@ def guard(unsaved=""):
         yield stop
         leave_processes()
     except Stopped:
-        stop.code = 128 + stop.signal
-        if is_first():
-            name = signal.Signals(stop.signal).name
-            complain(f"stopped by {name}{stop.way_on or unsaved}")
+        name = signal.Signals(stop.signal).name
+        raise Stopped(f"stopped by {name}{stop.way_on or unsaved}") from None
+    except Diverged:  # what is saved may be no way on
+        raise
     except (BadInput, OSError) as error:
-        stop.code = 2
-        complain(f"{error}{'' if isinstance(error, Diverged) else stop.way_on}")
+        raise BadInput(f"{error}{stop.way_on}") from None
     except (MemoryError, RuntimeError) as error:
         what = "the memory is too small: lower --batch or --max-steps"
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             if not lost_another(error):
                 raise
             what = "another process of the run has ended"
-        stop.code = 2
-        if is_first():
-            complain(f"{what}{stop.way_on or unsaved}")
+        raise Broken(f"{what}{stop.way_on or unsaved}") from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         if stop.lock:
             stop.lock.close()
+
+
+@contextmanager
+def guard(unsaved=""):
+    """A command's signals and errors -> a Stop, whose `code` is the exit code afterwards.
+
+    2 for bad input, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, each with the sentence
+    of watch(). Others may wait for a process that failed: torchrun ends them."""
+    try:
+        with watch(unsaved) as stop:
+            yield stop
+    except Stopped as error:
+        stop.code = 128 + stop.signal
+        if is_first():
+            complain(error)
+    except BadInput as error:
+        stop.code = 2
+        if is_first() or not isinstance(error, Broken):
+            complain(error)
 
 
 # ---- The folder of a run ------------------------------------------------------------------------
@@ -126,6 +147,8 @@ def free_folder(folder):
 
 def check_folder(s):
     """Raise BadInput where a new run would destroy one, or cannot have its folder."""
+    if s.check:
+        return
     if not s.resume and not s.overwrite and holds_run(s.out):
         raise BadInput(f"{s.out} holds a run: --resume {s.out} goes on with it, --overwrite begins "
                        "anew, another --out keeps it")
@@ -176,6 +199,7 @@ class Folder:
     def open(self, stop):
         """Make it, and keep others out while a command's Stop lasts; raises BadInput."""
         self.stop = stop
+        stop.folder = self.path
         if is_first():
             self.path.mkdir(parents=True, exist_ok=True)
             stop.lock = keep_others_out(self.path)

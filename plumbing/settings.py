@@ -87,6 +87,7 @@ def check_setting(f, value):
 
 class CheckedSettings:
     """Base of the settings: refuses what a setting may not be with BadInput."""
+    UNUSED = ()  # settings that a class inherits and does not read: --help leaves them out
 
     def __post_init__(self):
         for f in fields(self):
@@ -116,12 +117,16 @@ def settings_from(found, kind, where):
     raise BadInput(f"{where} is not of this version: {fault}")
 
 
-def changed(s, changes):
-    """Settings with changes {name: value}; raises BadInput for a name that is none."""
-    names = [f.name for f in fields(s)]
-    for name in changes:
+def check_names(given, names):
+    """Raise BadInput for a name that is not one of the settings' names."""
+    for name in given:
         if name not in names:
             raise BadInput(f"{short(name)} is no setting{nearest(name, names)}")
+
+
+def changed(s, changes):
+    """Settings with changes {name: value}; raises BadInput for a name that is none."""
+    check_names(changes, [f.name for f in fields(s)])
     return replace(s, **changes)
 
 
@@ -207,10 +212,16 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def add_setting(group, f, preset):
+def opening_of(kind):
+    """What opens the docstring of the module of a class: a sentence, and its commands."""
+    doc = sys.modules[kind.__module__].__doc__ or ""  # python -OO drops it
+    return "\n\n".join(doc.split("\n\n")[:2])
+
+
+def add_setting(group, f, preset, hidden):
     """Add a setting to a group of a parser.
 
-    Its help says what it is, its choices, the default in force."""
+    Its help, unless it is hidden, says what it is, its choices, the default in force."""
     default = preset.get(f.name, f.default)
     default = "not set" if default == "" else default
     choices = f"; one of {', '.join(choices_of(f))}" if choices_of(f) else ""
@@ -219,14 +230,18 @@ def add_setting(group, f, preset):
     value = {"type": kind, "metavar": kind.__name__}
     if kind is bool:
         value = {"action": argparse.BooleanOptionalAction}
-    group.add_argument(flag(f.name), help=text, **value)
+    group.add_argument(flag(f.name), help=argparse.SUPPRESS if hidden else text, **value)
 
 
-def parser_of(names, kind, own, description):
+def parser_of(names, kind, own):
     """The parser of some settings of a class, without defaults, and of arguments of its own.
 
     own  {name: (type, help)}, also in the place of a setting's"""
-    parser = Parser(description=description, allow_abbrev=False)
+    parser = Parser(
+        description=opening_of(kind),
+        usage=argparse.SUPPRESS,  # the commands stand in the description
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
     arguments = {f.name: (type_of(f), comment_of(f)) for f in fields(kind)} | own
     for name in names:
         value, comment = arguments[name]
@@ -237,29 +252,30 @@ def parser_of(names, kind, own, description):
 def read_arguments(argv, kind):
     """(settings given, settings of the preset) of a command line, each {name: value}.
 
-    kind: the class of the settings; it has TITLE, TRAIN, its command, FIRST, the settings that
-    --help lists first, and preset(dataset, paper). Raises BadInput."""
+    kind: the class of the settings; it has TRAIN, its command, FIRST, the settings that
+    --help lists first, before the class's own, and preset(dataset, paper). Raises BadInput."""
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default="toy")
-    first.add_argument("--paper", action="store_true")
+    first.add_argument("--paper", action=argparse.BooleanOptionalAction)
     known, _ = first.parse_known_args(argv)
     preset = kind.preset(known.dataset, known.paper)
     parser = Parser(
-        description=kind.TITLE,
+        description=opening_of(kind),
         usage=f"{kind.TRAIN} [--setting value ...]",
-        epilog="[S] the paper states it, [A] the public ActionFormer has it, [J] neither. The "
-               f"defaults are those in force for --dataset {short(known.dataset)}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="[S] the paper states it, [A] the public ActionFormer has it, [J] neither.\n"
+               f"The defaults are those in force for --dataset {short(known.dataset)}.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS)
     parser.add_argument(
-        "--paper", action="store_true",
+        "--paper", action=argparse.BooleanOptionalAction,
         help="the paper's own choices, where toy's and own data's defaults are others")
     group_of = cache(parser.add_argument_group)
     by_name = {f.name: f for f in fields(kind)}
-    for name in dict.fromkeys([*kind.FIRST, *by_name]):
+    for name in dict.fromkeys([*kind.FIRST, *kind.__annotations__, *by_name]):
         heading = home_of(name, kind).heading
         group = group_of("what matters first" if name in kind.FIRST else heading)
-        add_setting(group, by_name[name], preset)
+        add_setting(group, by_name[name], preset, name in kind.UNUSED)
     given = vars(parser.parse_args(argv))
     given.pop("paper", None)
     return given, preset
