@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from alqa import joint_score
 from data import DataSettings, collate, load_item, place_video, take, test_data
 from model import Detector, DetectorSettings, forward, soft_nms, tiou, vote
-from plumbing import checkpoints, checks, forms, settings
+from plumbing import checkpoints, checks, forms, settings, tables
 from plumbing.arguments import evaluation_of
 from plumbing.files import sum_features, write_json
 from plumbing.listing import find_actions
@@ -373,7 +373,7 @@ def evaluate_checkpoint(args, changes, kind):
 
 def evaluate_predictions(args):
     """(metrics, title) of --pred against --gt; raises BadInput."""
-    annotations = forms.read_annotations(args.gt, args.ignore_labels or "")
+    annotations = tables.read_any(args.gt, args.ignore_labels, args.fps)
     predictions = forms.read_predictions(args.pred)
     truth, subset = checks.truth_for(predictions, annotations, args.subset, args.gt)
     warn(checks.odd_predictions(predictions, truth, annotations))

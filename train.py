@@ -312,7 +312,7 @@ def begin(s, dataset):
     torch.manual_seed(s.seed)
     detector = s.build(dataset.dim, len(dataset.classes)).to(s.device)
     if s.init:
-        say(public.take_weights(detector, s.init))
+        say(public.take_weights(detector, s.init, dataset.classes))
     discriminator = icd.Discriminator(dataset.dim, s.icd_hidden, s.icd_dropout).to(s.device)
     labelled = (data.load_item(video, dataset, s) for video in dataset.labelled)
     bank = icd.bank_of(labelled, s.icd_pool, s.icd_score)
@@ -598,8 +598,7 @@ def launch(s):
     if s.resume or s.start:
         limits = dict.fromkeys(PSEUDO_LABEL.values()) | {
             "labels": len(dataset.classes), "status": len(icd.STATUS)}
-        path = run.folder.path / "checkpoint.pt" if s.resume else s.start
-        resume.restore(run, path, STAGES, limits)
+        resume.restore(run, s.resume or s.start, STAGES, limits)
     return run
 
 

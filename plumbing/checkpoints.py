@@ -221,6 +221,9 @@ def alike(theirs, mine):
     return False
 
 
+BEGIN = "; a new run takes its weights with --init"  # whatever the data
+
+
 def check_data(content, expected, where):
     """Raise BadInput where features or labels are not those that a checkpoint was trained on."""
     for key, what in (("fingerprint", "features"), ("instances", "labels")):
@@ -230,10 +233,10 @@ def check_data(content, expected, where):
         changed = [name for name in mine | theirs if not alike(theirs.get(name), mine.get(name))]
         if changed:
             raise BadInput(f"{where} is of other data: {len(changed)} videos are new, gone or have "
-                           f"other {what} now: {several(changed)}")
+                           f"other {what} now: {several(changed)}{BEGIN}")
     if content["classes"] != expected.state["classes"]:
         raise BadInput(f"{where} is of other data: its classes are not those of "
-                       f"{short(expected.s.dataset, 150)}")
+                       f"{short(expected.s.dataset, 150)}{BEGIN}")
 
 
 PATTERNS = {int: count, float: number, type(None): number}  # of what the run itself would write
@@ -243,6 +246,8 @@ def check_run(content, expected, where):
     """Raise BadInput for a checkpoint that a run cannot go on from."""
     mine, s = expected.state, expected.s
     stage, processes, done, records = map(content.get, ("stage", "processes", "done", "pseudo"))
+    if stage is None:
+        raise BadInput(f"{where} has no stage: it holds the detector alone, no run to go on with")
     check_settings(content["settings"], stage, expected, where)
     check_data(content, expected, where)
     fits(done, count, f"{where}, done")
@@ -260,16 +265,23 @@ def check_run(content, expected, where):
     fits(content, pattern, where)
 
 
+def file_of(path):
+    """The checkpoint that a path names: a file, or of a run's folder the whole run, else the small
+    detector."""
+    path = Path(path)
+    whole, small = path / "checkpoint.pt", path / "detector.pt"
+    if not path.is_dir():
+        return path
+    return small if small.exists() and not whole.exists() else whole
+
+
 def load(path, kind, expected=None):
     """A checkpoint of train.py on the CPU, with which a detector can be built; raises BadInput.
 
     path      the file, checkpoint.pt or detector.pt, or the folder of its run
     kind      the class of its settings, which build its detector
     expected  what a run that goes on from it asks of it: an Expected"""
-    path = Path(path)
-    if path.is_dir():
-        whole, small = path / "checkpoint.pt", path / "detector.pt"
-        path = small if small.exists() and not whole.exists() else whole
+    path = file_of(path)
     where = f"checkpoint {path}"
     content = load_torch(path, "checkpoint")
     check_detector(content, kind, where)

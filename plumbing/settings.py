@@ -136,7 +136,8 @@ class FileSettings(CheckedSettings):
     since = "run"
     heading = "files, splits, crops and batches"
     dataset: Text(
-        "toy, thumos, activitynet, epic-verb, epic-noun, or the path of an annotation JSON") = "toy"
+        "toy, thumos, activitynet, epic-verb, epic-noun, or the path of annotations: JSON, .csv, "
+        ".tsv, a folder of label tracks") = "toy"
     root: Text("folder of a published dataset, in ActionFormer's layout") = ""
     annotations: Text("annotation file, in place of the layout's") = ""
     features: Text("feature folder; none: the layout's, or the folder features beside a JSON") = ""
@@ -175,7 +176,8 @@ class RunSettings(CheckedSettings):
     start: Text(
         "checkpoint of another run to go on from; --lr, --warmup and --clip may differ") = ""
     init: Text(
-        "checkpoint to take fitting weights from: a public ActionFormer's, or of another run") = ""
+        "checkpoint to take fitting weights from: a public ActionFormer's, or another run's, whose "
+        "labels and classes may be others") = ""
     resume: Text("folder of a run to go on with, with its settings") = ""
     log_every: WholePositive("steps between two rows of log.jsonl") = 20
     page: Flag("write page.html at the end, the run to look at in a browser") = True

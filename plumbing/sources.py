@@ -3,7 +3,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from plumbing import forms
+from plumbing import forms, tables
 from plumbing.files import READERS, VIDEOS
 from plumbing.settings import SPLITS
 from plumbing.toy import toy_videos
@@ -115,8 +115,9 @@ def read_dataset(s):
     if not path.exists():
         raise BadInput(f"annotation file not found: {path} (--dataset names it, and --features the "
                        "folder of its features)")
-    entries = forms.read_annotations(path, s.ignore_labels, s.fps)
-    return Chosen(path, entries, {name: feature_file(folder, name, s) for name in entries})
+    entries = tables.read_any(path, s.ignore_labels, s.fps)
+    sources = {name: feature_file(folder, name, s) for name in entries}
+    return Chosen(path, entries, sources, ignored=tables.unused_columns(path))
 
 
 def take_training(chosen, s):
