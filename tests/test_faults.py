@@ -136,6 +136,14 @@ BAD_FEATURES = {
     **rows(".csv", **{f"{content}": content for content in (
         b"1;2;3\n4;5;6\n", b"a,b\n1,x\n", b"1,2\n3\n", b"", b"\n\n", b"f0,f1\n", b"\x00\x01\n",
         b"1,nan\n2,3\n")}),
+    # What is no table says where, and what is another kind of file which
+    **{f".csv {content}": (content, words) for content, words in {
+        b"1;2\n3;x\n": "line 2, column 2 is 'x'", b"1,2\n3,\n": "line 2, column 2 is ''",
+        b"a,b\n1,2\n3,4-5-6\n": "line 3, column 2 is '4-5-6'",
+        b"1\t2\n3\n": "line 2 has 1 columns", b"1,5;2\n": "line 1, column 1 is '1,5'"}.items()},
+    **rows(".npy .npz .pt .csv", "git lfs pull", lfs=b"version https://git-lfs.github.com/spec/v1\n"),
+    **rows(".npy .npz .pt .csv", "web page", page=b"\n<!DOCTYPE html>\n", html=b"<HTML>"),
+    **rows(".npy .npz .pt .csv", "a recording|README", mp4=b"\0\0\0\x18ftypmp42\0\0"),
     **rows(".npz .pt", **ARCHIVES), **rows(".npy .npz .pt .csv", **NO_FILES),
 }
 WRITERS = {
@@ -264,10 +272,39 @@ ODD_TEXTS = {
 
 # ---- Every other refusal ------------------------------------------------------------------------
 
-def predictions(rule):
-    """Perfect predictions of the test videos, whose ids are written otherwise."""
+def predictions(rule, **fields):
+    """Perfect predictions of the test videos, whose ids or fields are written otherwise."""
     return lambda folder: predict(folder, {
-        rule.format(name): found for name, found in users.perfect(folder, TESTED).items()})
+        rule.format(name): [d | fields for d in found]
+        for name, found in users.perfect(folder, TESTED).items()})
+
+
+def moved_to(*keys):
+    """Entries in another form: what happens stands under other keys."""
+    def change(entry):
+        instances = entry.pop("annotations")
+        entry.update(dict.fromkeys(keys, instances))
+        if keys == ("segments", "labels"):
+            entry.update({f"{key}s": [a[key] for a in instances] for key in ("segment", "label")})
+    return users.edits(lambda database: [change(entry) for entry in database.values()])
+
+
+def scored(rule, of_video):
+    """External scores of the test videos, whose ids are written otherwise."""
+    results = {rule.format(name): of_video for name in TESTED}
+    return text("scores.json", json.dumps({"results": results}))
+
+
+def with_gaps(x):
+    """Features with three steps that a sensor did not see."""
+    x[3:6, 2] = np.nan
+    return x
+
+
+def recordings(folder):
+    """Recordings in the place of feature files."""
+    for name in NAMES:
+        (folder / f"features/{name}.npy").rename(folder / f"features/{name}.mp4")
 
 
 def all_renamed(name="{}", file="{}"):
@@ -319,7 +356,13 @@ CHANGED = [
         ('{"database": {}, "database": {}}', "database"),
         ('{"database": {"v1": {"subset": "training", "fps": 1, "fps": 2}}}', "fps"))),
     (text("own.json", "[]"), "data", "own.json|database"),
-    (entries(NAMES, subset=None), "data", "subset|none (14)"),
+    (entries(NAMES, subset=None), "data", "no entry has a subset|--test-subset none"),
+    *((moved_to(*keys), "data", f"own.json|14 videos|{keys[0]}|" '"annotations": [{"segment"')
+      for keys in (["actions"], ["segments", "labels"], ["events"], ["result", "actions"])),
+    (text("own.json", '{"_via_settings": {"ui": {}}, "_via_img_metadata": {"a": {"regions": []}}}'),
+     "data", "_via_settings|is a video"),
+    (text("own.json", "<!DOCTYPE html>"), "data", "own.json|web page"),
+    (actions(["v1"], 0, segment=[5.0, 5.0]), "data", "[5.0, 5.0]|empty|give events a length"),
     *((leaving(name), command, "leads out of the feature folder") for name in (
         "../secret", "a/../../secret", "..", "{}/secret", "x/..", "\0", "secret\0.npy", "a/../v1")
       for command in ("data", "data --missing skip")),
@@ -327,11 +370,19 @@ CHANGED = [
     (MANY_BAD_SEGMENTS, "data", "[20.0, 12.0]|1 more|7 videos|v1, v2, v3, v4, v5|2 more"),
     *((users.every_time(lambda t, unit=unit: unit * t), "data", f"{word}|seconds")
       for unit, word in ((50, "frames"), (1e3, "milli"), (1e6, "micro"))),
-    (users.without(*TESTED), "data --train-subset other", "--test-subset|none"),
+    (users.without(*TESTED), "data --train-subset other", "--train-subset|Training (10)"),
     (entries(NAMES[5:10], subset="unlabeled"), ("data", "--unlabelled-subset", "none such"),
      "none such|unlabeled (5)"),
     # The feature files
     (BAD_FILES, "data", "4 videos|v1, v3, v5, v12"),
+    (users.features(["v1", "v5"], with_gaps), "data",
+     "v1|nan at step 3|3 of its 64 steps|--fill-gaps|2 videos"),
+    (users.features(["v1"], lambda x: x * np.nan), "data --fill-gaps", "v1|64 of its 64 steps"),
+    (users.nothing, "data --skip-columns 5", "5 columns|--skip-columns 5"),
+    (recordings, "data --extension .mp4", "14 videos|a recording|README"),
+    *((loose, f"data {more}", words) for loose, more, words in (
+        (users.loose_features, "--stride 0", "1 feature files|loose|--unlabelled-features none"),
+        (all_of(users.loose_features, entries(["v1"], fps=49.5)), "", "loose|fps"))),
     (users.features(NAMES, np.transpose), "data", "transposed"),
     (users.no_features(*NAMES[:6], "v12"), "data", "7|--missing skip|v0, v1, v2, v3, v4|2 more"),
     (all_renamed("v_{}"), "data", "prefix|v_"),
@@ -345,6 +396,12 @@ CHANGED = [
     (text("s.txt", "v1\nv99\nv98"), SPLIT, "s.txt|v99|2 of 3 ids"),
     *((text("s.json", content), "data --ratio 0 --split OWN/s.json", words) for content, words in (
         ('{"labelled": [["v1"]]}', "s.json"), ('{"labelled": []}', "s.json|no labelled video"))),
+    # External scores
+    *((scores, "data --one-class --ext-scores OWN/scores.json", f"scores.json|{words}")
+      for scores, words in (
+          (scored("other {}", {"A": 1, "B": 1}), "4 of 4 test videos|v10"),
+          (scored("{}", {"walk": 0.5, "C": 1}), "2 of 2 classes|A, B"),
+          (scored("{}", {"A": 0.5, "B": -1.25}), "v10|-1.25|logits"))),
     # Nothing to learn
     *((change, f"data {more}", "own.json|nothing to learn") for change, more in (
         (actions(NAMES[:10], segment=[9.0, 3.0]), "--bad-segments skip"),
@@ -352,7 +409,15 @@ CHANGED = [
         (actions(NAMES[:10], segment=[8.1, 8.2]), ""), (entries(NAMES[:10], annotations=[]), ""),
         (all_of(entries(NAMES, duration=100.0), actions(NAMES, segment=[60.0, 70.0])),
          "--trust-grid"))),
+    *((change, f"data {more}", f"nothing to learn|{words}") for change, more, words in (
+        (entries(NAMES[:10], annotations=[]), "", "no instance|--split stratified"),
+        (actions(NAMES[:10], segment=[9.0, 3.0]), "--bad-segments skip", "--bad-segments skip"),
+        (actions(NAMES[:10], segment=[8.1, 8.2]), "", "0.2 of a step|give events a length"),
+        (all_of(entries(NAMES, duration=100.0), actions(NAMES, segment=[60.0, 70.0])),
+         "--trust-grid", "after the last one|--stride"),
+        (users.nothing, "--max-steps 4 --crop-keep 0.9", "too long for a crop|--max-steps"))),
     # Predictions
+    (predictions("{}", segment=[20, 10]), "predictions", "[20.0, 10.0]|ends before it starts"),
     (text("pred.json", "[]"), "predictions", "pred.json|results"),
     (text("pred.json", '{"results": {"v10": [], "v11": [], "v10": []}}'), "predictions",
      "pred.json|v10|twice"),
@@ -373,10 +438,14 @@ UNCHANGED = {
     # The data
     **{f"data {more}": "span|14 videos|--trust-grid|--stride" for more in OFF},
     **{f"data {more} --trust-grid": "nothing to learn" for more in TOO_FAR},
-    "data --train-subset x": "'x'|Training", "data --ratio 0.01": "--ratio 0.01|0 of 10",
+    "data --train-subset x": "'x'|Training", "data --ratio 0.01": "0.01 (--ratio)|0 of 10",
     "data --features OWN/none --missing skip": "none", SPLIT: "s.txt|split file not found",
     "data --unlabelled-features OWN/empty": "--unlabelled-features",
-    "training --ratio 1.0": "--ratio 1.0|no unlabelled video",
+    "data --stage pretrain --acp none": "stage pretrain|acp",
+    "data --rato 0.1": "--rato|--ratio?", "data --joint_epoch 2": "--joint-epochs?",
+    "data --alqua tiou": "--alqa?", "data --device gpu": "gpu|cuda, mps and others",
+    "data --ratio 2": "from 0 to 1, but is 2", "train --dataset Thumos": "thumos?",
+    "train --dataset active-net": "activitynet?", "evaluate --chekpoint x": "--checkpoint?",
     "data --ranges 900:999,900:999,900:999": "learn", "data --radius 1e-9": "learn",
     # Predictions
     "predictions --subset test": "'test'|Training (10)|validation (4)",
@@ -393,7 +462,8 @@ UNCHANGED = {
         "stem": 1000, "seed": 10 ** 30, "max-steps": 10 ** 30, "lr": 1e300, "stride": 1e300,
         "fps": 1e300, "tiou": "0:1:0.0000001", "ranges": ",".join(["0:4"] * 100_000)}.items()},
     # Command lines
-    "train --dataset kinetics": "'kinetics'", "train --dataset OWN/no.json": "not found|no.json",
+    "train --dataset kinetics": "'kinetics'",
+    "train --dataset OWN/no.json": "not found|no.json|--dataset|--features",
     "train --dataset thumos --root OWN --ratio 0.1":
         "OWN/annotations/thumos14.json|OWN/i3d_features|<id>.npy|ActionFormer",
     **{("train", *argv): "" for argv in (

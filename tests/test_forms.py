@@ -1,7 +1,6 @@
 """Tests of right input: files as people have them are read, and what is odd is told."""
 import io
 import json
-import shutil
 import sys
 import zipfile
 
@@ -12,7 +11,7 @@ import torch
 import data
 import evaluate
 import train
-from plumbing import forms
+from plumbing import files, forms
 from plumbing.settings import thresholds_of
 from plumbing.words import BadInput, shown
 from tests import users
@@ -37,6 +36,18 @@ def marked(name):
     return lambda folder: text(name, MARK + (folder / name).read_bytes())(folder)
 
 
+def subsets(training, test):
+    """Other names of the subsets."""
+    return all_of(entries(TRAINED, subset=training), entries(TESTED, subset=test))
+
+
+def hidden_files(folder):
+    """What systems leave beside files."""
+    (folder / "features/__MACOSX").mkdir()
+    for name in ("._v1.npy", ".DS_Store", "__MACOSX/v99.npy", ".v98.npy"):
+        (folder / "features" / name).write_bytes(b"Mac OS X")
+
+
 TEXTS = {
     "plain": str, "blanks": "  {}\n".format, "exponent": "{:.12e}".format, "signed": "+{}".format}
 FORMS = {
@@ -53,6 +64,9 @@ FORMS = {
         entries(NAMES, duration_second=None, frame_rate=None, url=None),
         actions(NAMES, label_id=None), rewritten(lambda content: content | {"version": None})),
     "null duration and fps": entries(NAMES, duration=None, fps=None),
+    "train and val": subsets("train", "val"), "TRAIN and valid": subsets("TRAIN", "valid"),
+    "train and test": subsets("train", "test"), "Training, testing": subsets("Training", "testing"),
+    "hidden files": hidden_files,
     "no fps": lacking("fps", *NAMES),
     # Label ids do no harm, whatever they are
     **{f"label_id {value!a:.20}": actions(NAMES, label_id=value) for value in (
@@ -113,13 +127,6 @@ def test_ignored_labels_neither_teach_nor_count(own):
 
 # ---- Who is labelled ----------------------------------------------------------------------------
 
-def loose_features(folder):
-    """Feature files without an entry, in this folder and in others."""
-    (folder / "more/deep").mkdir(parents=True)
-    for path in ("more/deep/w1", "more/deep/w2", "features/loose"):
-        shutil.copy(folder / "features/v1.npy", folder / f"{path}.npy")
-
-
 V12_IS_GONE = users.no_features(*NAMES[:6], "v12")
 V1_IS_EMPTY = all_of(entries(["v1"], annotations=[]), lacking("annotations", "v2"))
 SPLIT = "--split OWN/s.txt"
@@ -136,8 +143,13 @@ CHOICES = [
     (entries(["v2"], annotations=None), "", None, ["v2"], None),
     (V1_IS_EMPTY, "", None, ["v2"], None),
     (UNLABELLED, "--unlabelled-subset Unlabeled --audit", NAMES[:5], NAMES[5:10], None),
-    (loose_features, "--unlabelled-features OWN/more", TRAINED, ["deep/w1", "deep/w2"], None),
-    (loose_features, LOOSE, TRAINED, ["loose"], None),
+    (users.loose_features, "--unlabelled-features OWN/more", TRAINED, ["deep/w1", "deep/w2"], None),
+    *((users.loose_features, more, TRAINED, ["loose"], None) for more in (LOOSE, "")),
+    (users.loose_features, "--unlabelled-features none", TRAINED, [], None),
+    (users.nothing, "", TRAINED, [], None),
+    *((entries(NAMES, fps=fps), "--fps 50", TRAINED, [], None) for fps in (0, -1, 25, "x")),
+    (all_of(*(users.renamed(name, f"{name}.MP4", name) for name in NAMES)), "",
+     [f"{name}.MP4" for name in TRAINED], [], [f"{name}.MP4" for name in TESTED]),
     (text("s.txt", MARK + b"v2\r\nv1\r\n"), SPLIT, ["v1", "v2"], None, None),
     (text("s.json", MARK + b'["v2", "v1"]'), "--split OWN/s.json", ["v1", "v2"], None, None),
     (all_of(users.renamed("v1", "my first video (1)"), users.renamed("v2", "P01/P01_02"),
@@ -170,8 +182,9 @@ def test_who_is_labelled(own, change, more, labelled, unlabelled, tested):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_shares_are_drawn_from_the_annotated(own, seed):
-    d = users.opened(own, "--ratio", 0, "--seed", seed)
-    assert (len(d.labelled), len(d.unlabelled)) == (1, 9)  # a tenth, by default
+    for split in ("uniform", "stratified"):
+        d = users.opened(own, "--ratio", 0, "--seed", seed, "--split", split)
+        assert (len(d.labelled), len(d.unlabelled)) == (1, 9)  # a tenth, where one is drawn
     lacking("annotations", *NAMES[2:10])(own)
     for split in ("uniform", "stratified"):
         d = users.opened(own, "--ratio", 0.5, "--seed", seed, "--split", split)
@@ -184,7 +197,8 @@ def test_shares_are_drawn_from_the_annotated(own, seed):
 def csv(head="", mark=b"", **more):
     """A writer of .csv files."""
     def write(path, x):
-        np.savetxt(path, x, delimiter=",", fmt="%.9g", header=head, comments="", **more)
+        as_written = {"delimiter": ",", "fmt": "%.9g", "header": head, "comments": ""} | more
+        np.savetxt(path, x, **as_written)
         path.write_bytes(mark + path.read_bytes())
     return write
 
@@ -212,7 +226,10 @@ def standardised(own, *more):
     (".pt", None),
     (".pt", lambda path, x: torch.save({"feats": torch.from_numpy(x), "fps": 25, "id": "v"}, path)),
     (".pt", lambda path, x: torch.save(torch.nn.Parameter(torch.from_numpy(x)), path)),
-    (".csv", csv("f0,f1,f2,f3,f4")), (".csv", csv("0,1,2,3,4")), (".csv", csv(newline="\r\n")),
+    (".csv", csv("f0,f1,f2,f3,f4")), (".csv", csv("0,1,2,3,4", fmt="%.2f")),
+    (".csv", csv(newline="\r\n")), (".csv", csv(delimiter=";")),
+    (".csv", csv("a;b;c;d;e", delimiter=";")), (".tsv", csv(delimiter="\t")),
+    (".tsv", csv("a\tb\tc\td\te", delimiter="\t")),
     (".csv", csv(mark=MARK)),
     *((".npy", lambda path, x, dtype=dtype: np.save(path, np.asfortranarray(x.astype(dtype))))
       for dtype in ("<f2", ">f4", "<f8", ">f8", "i1", "<u2", ">i8")),
@@ -225,6 +242,16 @@ def test_features_in_other_kinds_of_files(own, extension, write):
     assert torch.allclose(after.mean, before.mean)
     assert torch.allclose(after.std, before.std)
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("fmt", ["%d", "%.18e"])
+def test_a_table_whose_first_row_is_0_1_2_keeps_it(own, fmt):
+    x = np.arange(64 * 5).reshape(64, 5)
+    path = own / "x.csv"
+    np.savetxt(path, x, delimiter=",", fmt=fmt)
+    assert np.array_equal(files.read_features(path, files.Reading(), "x"), x)
+    skipped = files.read_features(path, files.Reading(skip=2), "x")
+    assert np.array_equal(skipped, x[:, 2:])
 
 
 @pytest.mark.parametrize("offset", [1e9, -3e11])
@@ -278,12 +305,41 @@ def test_stride_0_cuts_each_video_into_its_features(own):
 
 OFF_BY_LESS_THAN_A_WINDOW = all_of(
     *(entries([name], duration=32.5 + 0.1 * (i % 9)) for i, name in enumerate(NAMES)))
+def gap(x):
+    """Features with three steps that a sensor did not see."""
+    x[3:6] = np.inf
+    return x
+
+
+def scores(number, of_video):
+    """External scores of some of the test videos."""
+    results = {"results": dict.fromkeys(TESTED[:number], of_video)}
+    return text("scores.json", json.dumps(results))
+
+
+SCORED = "--one-class --ext-scores OWN/scores.json"
 # (a change, more arguments, words of the first line, words of the warnings, with "|" between)
 TOLD = [
     (UNLABELLED, "--ratio 1.0", "5 entries of other subsets|unlabeled (5)", "no unlabelled"),
     (entries(["v3"], subset=None), "", "1 entries of other subsets: none (1)", ""),
-    (loose_features, "", "1 feature files without an entry|loose", ""),
-    (loose_features, f"{LOOSE} --ratio 0", "10 labelled, 1 unlabelled", ""),
+    (users.loose_features, "--ratio 0", "10 labelled, 1 unlabelled", ""),
+    (users.loose_features, "--unlabelled-features none",
+     "3 labelled, 7 unlabelled, 4 test videos; ignored: 1 feature files without an entry: loose",
+     ""),
+    (users.nothing, "--ratio 0", "10 labelled, 0 unlabelled", "no unlabelled video|Stage 3 needs"),
+    (actions(NAMES[:10], 0, segment=[1.0, 31.0]), "--ratio 1 --max-steps 20 --crop-keep 0.9",
+     "", "10 of 30 labelled instances are too long|--max-steps 55"),
+    (entries(NAMES[:3], fps=40), "", "", "3 videos|v0, v1, v2|fps"),
+    (users.features(NAMES, lambda x: np.hstack([np.arange(7.0, 39, 0.5)[:, None], x])), "", "",
+     "first 1 column(s)|--skip-columns 1"),
+    (users.features(NAMES, lambda x: np.hstack([np.mgrid[0:64, 0:2].cumsum(1)[0], x])), "", "",
+     "first 2 column(s)|--skip-columns 2"),
+    (users.features(["v1", "v5"], gap), "--fill-gaps", "", "6 steps of 2 videos|v1, v5"),
+    *((actions(["v4"], 0, label=name), ALL, "", f"{name}|--ignore-labels")
+      for name in ("background", "Background", "BG", "no action")),
+    (scores(3, {"A": 0.5, "B": 0.5}), SCORED, "", "1 of 4 test videos|v13"),
+    (scores(4, {"A": 0.5, "C": 0.5}), SCORED, "", "1 of 2 classes|B"),
+    (users.loose_features, f"{LOOSE} --ratio 0", "10 labelled, 1 unlabelled", ""),
     (V12_IS_GONE, "--missing skip", "unlabelled, 3 test videos", "7 videos"),
     (users.without(*TESTED), "", "", "no test videos, so no mAP"),
     (users.nothing, "--test-subset TRAINING", "", "10 test videos are training videos too"),
@@ -320,11 +376,16 @@ def test_predictions_that_match_in_part_are_scored_and_told(own, capsys):
     for name, label in (("v10", "fly"), ("v11", "a")):
         more[name].append({"label": label, "segment": [1, 2], "score": 1})
     fewer = users.perfect(own, TESTED[:3]) | {"v_v13": [], "other": []}
+    late = whole | {"v11": [{"label": "A", "segment": [t, t + 4], "score": 0.1} for t in (40, 50)]}
+    milli = {name: [d | {"segment": [1e3 * t for t in d["segment"]]} for d in found]
+             for name, found in whole.items()}
     for results, score, printed, warned in (  # the subset is by default that of the predictions
             (whole, 100, "validation", ""), (users.perfect(own, TRAINED), 100, "training", ""),
             (more, 100, "validation", "2 of 14 predictions|fly"),
+            (late, 75, "validation", "2 predictions in 1 videos lie outside their video: v11"),
+            (milli, 0, "validation", "12 predictions in 4 videos|milliseconds, not seconds"),
             (fewer, 75, "validation", "2 of 5 predicted videos are not in the ground truth|"
-             "1 of its 4 videos have no prediction|v13")):
+             "1 of 4 videos of the ground truth have no prediction|v13")):
         assert users.score_of(own, users.predict(own, results)) == pytest.approx(score)
         assert_told(capsys, printed, warned)
 
@@ -349,7 +410,7 @@ def test_zero_by_zero_is_a_hit_as_in_the_toolkit_and_else_a_miss():
 
 
 def test_detections_of_no_length_are_never_exported():
-    video = data.Video("v", None, "", data.Grid(1.0, 1.0, 1.0), 30, 10.0, False)
+    video = data.Video("v", None, "", data.Grid(1.0, 1.0, 1.0), 30, 10.0, 30)
     segments = [[2.0, 4.0], [9.5, 20.0], [12.0, 20.0], [-9.0, -3.0]]
     found = record(segments, [0] * 4, [0] * 4)
     found |= dict.fromkeys(("p_cls", "p_tiou", "p_tnd", "similarity"), torch.ones(4))

@@ -1,5 +1,6 @@
 """Tests of what people see and use: a new video, the console, --help, weights from elsewhere."""
 import csv
+import io
 import json
 
 import numpy as np
@@ -75,6 +76,13 @@ def test_what_is_found_is_written_as_json_csv_and_subtitles(two, tmp_path, capsy
                         (tmp_path / "wide.npy", ["7 channels", "5"])):
         capsys.readouterr()
         refused(["evaluate", *argv, *bad], capsys, *words)
+    odd = {name: [{"segment": [1.0, 2.0], "label": name, "score": 0.5}]
+           for name in ("=1+1", "+a", "-1", "@x", "a\n\n2\nb")}
+    forms.write_found(table, odd)
+    cells = [row["label"] for row in csv.DictReader(io.StringIO(table.read_text()))]
+    assert cells == ["'=1+1", "'+a", "'-1", "'@x", "a\n\n2\nb"]  # no formula of a spreadsheet
+    forms.write_found(titles, {"v": odd["a\n\n2\nb"]})
+    assert titles.read_text().count("\n\n") == 0 and "\na 2 b 0.50\n" in titles.read_text()
     assert [forms.clock(3.04), forms.clock(59.96)] == ["0:03.0", "1:00.0"]
     assert forms.subtitle_clock(3725.5) == "01:02:05,500"
 
@@ -168,6 +176,15 @@ def test_real_clips_go_through_a_detector_of_their_width(tmp_path):
     assert len(segments) == len(labels) == len(scores) > 0
     with pytest.raises(BadInput, match="2048"):
         localize(np.zeros((9, 4)))
+    for wrong, words in ((np.full((9, 2048), np.nan), "the array holds nan at step 0"),
+                         (np.zeros(9), r"the array must hold .*\(T, D\)")):
+        with pytest.raises(BadInput, match=words) as told:
+            localize(wrong)
+        assert len(str(told.value)) < 250
+    with pytest.raises(BadInput, match="min_scor is no setting; do you mean min_score"):
+        evaluate.Localizer(tmp_path / "run", min_scor=0.5)
+    few = evaluate.Localizer(tmp_path / "run", min_score=float(scores[0]) - 1e-6)
+    assert 0 < len(few(clips / "highjump.npy")[0]) < len(segments)
 
 
 def test_video_level_scores_name_the_classes_of_a_detector_without(own, capsys):

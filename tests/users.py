@@ -1,5 +1,6 @@
 """The commands on a user's data set, and changes: functions of its folder, for tables."""
 import json
+import shutil
 from functools import partial
 
 import numpy as np
@@ -123,6 +124,13 @@ def renamed(name, new, file=None):
         path.parent.mkdir(parents=True, exist_ok=True)
         (folder / f"features/{name}.npy").rename(path)
     return change
+
+
+def loose_features(folder):
+    """Feature files without an entry, in this folder and in others."""
+    (folder / "more/deep").mkdir(parents=True)
+    for path in ("more/deep/w1", "more/deep/w2", "features/loose"):
+        shutil.copy(folder / "features/v1.npy", folder / f"{path}.npy")
 
 
 def perfect(own, names):
