@@ -438,6 +438,15 @@ def feature_case(extension, base):
     return argv, judge, must_read
 
 
+def judge_run(folder, whole=None):
+    """A run has ended with finite weights, and with those of another run if that is given."""
+    found = weights(folder)
+    assert all(x.isfinite().all() for x in found.values()), "weights are not finite"
+    if whole or (folder / "metrics.json").exists():
+        finite_metrics(folder / "metrics.json")
+    assert whole is None or same(found, weights(whole)), "the weights are others"
+
+
 def cache_case(base):
     """What is remembered of a feature file is damaged: it is read anew."""
     os.environ["XDG_CACHE_HOME"] = "cache"
@@ -554,15 +563,6 @@ def viewer_case(base):
             assert all(0 <= row[0] < len(shown["classes"]) for row in rows), "an unknown class"
 
     return ["viewer", "viewed", "--out", "page.html"], judge, False
-
-
-def judge_run(folder, whole=None):
-    """A run has ended with finite weights, and with those of another run if that is given."""
-    found = weights(folder)
-    assert all(x.isfinite().all() for x in found.values()), "weights are not finite"
-    if whole or (folder / "metrics.json").exists():
-        finite_metrics(folder / "metrics.json")
-    assert whole is None or same(found, weights(whole)), "the weights are others"
 
 
 def checkpoint_case(base):

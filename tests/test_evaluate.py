@@ -115,6 +115,41 @@ def test_where_instances_overlap_a_detection_equally_the_toolkits_is_taken(seed)
     assert changed > 3  # the order of equal instances matters
 
 
+def test_precision_and_recall_by_score_are_those_of_a_loop():
+    rng = np.random.default_rng(1)
+    truth, found = {}, {}
+    for name in ("v0", "v1", "v2"):
+        segments = np.cumsum(rng.uniform([0, 2], [9, 8], (20, 2)), 1)
+        truth[name] = Annotation("test", 40.0, 1.0, segments[:6], list("aabbab"))
+        found[name] = [{"label": str(rng.choice(["a", "b"])), "score": round(rng.uniform(), 2),
+                        "segment": (segment + rng.normal(size=2)).tolist()}
+                       for segment in segments[:14]]
+    trust = evaluate.mean_average_precision(truth, found, [0.3])["trust"]
+
+    def by_hand(least, labels):
+        listed = right = instances = 0
+        for name, a in truth.items():
+            for label in labels:
+                segments = [s for s, of in zip(a.segments, a.labels) if of == label]
+                mine = [d["segment"] for d in sorted(found[name], key=lambda d: -d["score"])
+                        if d["label"] == label and d["score"] >= least]
+                right += evaluate.match(np.reshape(mine, (-1, 2)), np.reshape(segments, (-1, 2)),
+                                        np.array([0.5])).sum()
+                listed, instances = listed + len(mine), instances + len(segments)
+        return right / max(listed, 1), right / instances, 2 * right / (listed + instances)
+
+    for labels, point in {"ab": trust, **trust["classes"]}.items():
+        columns = ("precision", "recall", "f1")
+        curve = point["curve"]
+        for i, least in enumerate(curve["score"]):
+            assert [curve[key][i] for key in columns] == pytest.approx(by_hand(least, labels))
+        assert [point[key] for key in columns] == pytest.approx(by_hand(point["score"], labels))
+        best = max(by_hand(least, labels)[2] for least in np.arange(0, 1, 0.001))
+        assert point["f1"] == pytest.approx(best)
+    none = evaluate.mean_average_precision(truth, {}, [0.3])["trust"]
+    assert (none["precision"], none["recall"], none["f1"]) == (0, 0, 0)
+
+
 @needs_shared
 def test_published_detections_have_the_toolkits_mAP():
     folder = SHARED / "reference"
