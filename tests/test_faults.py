@@ -69,8 +69,13 @@ def patched(*fields):
 
 
 def flip(path):
+    """Another bit in the midst of an archive's longest member."""
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 8
+    with zipfile.ZipFile(path) as archive:
+        member = max(archive.infolist(), key=lambda member: member.compress_size)
+    head = member.header_offset
+    names = [int.from_bytes(content[at:at + 2], "little") for at in (head + 26, head + 28)]
+    content[head + 30 + sum(names) + member.compress_size // 2] ^= 8
     path.write_bytes(content)
 
 
