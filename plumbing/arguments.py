@@ -55,7 +55,8 @@ ARGUMENTS = {
     "features": (str, "a new video's feature file, or a folder of them: print what happens there; "
                  "with --dataset, the feature folder of its test videos"),
     "out": (str, "write what happens in new videos: .json, .csv, or for one video .srt, .txt"),
-    "min_score": (float, "least score of new videos' actions (default: 0.3)"),
+    "min_score": (float, "least score of new videos' actions (default: that of the best F1 on the "
+                  "run's test videos, else 0.3)"),
     "duration": (float, "seconds of a new video (default: what its features span)"),
     "subset": (str, "test subset, in any letter case (default: the predictions', the run's)"),
     "pred": (str, "predictions in ActivityNet's result format"),

@@ -128,6 +128,16 @@ def sound_rows(rows, stages):
         for row in rows)
 
 
+def sound_trust(trust):
+    """How far to trust a list, as listing.find_actions() takes it; None before a run's end."""
+    if trust is None:
+        return True
+    known = {"score": number, "precision": number, "recall": number, "videos": count}
+    return type(trust["exclusive"]) is bool and all(
+        key == "exclusive" or known[key](value) and value is not None
+        for key, value in trust.items())
+
+
 def state_form(part):
     """The pattern of the state of a module or an optimiser."""
     state = part.state_dict()
@@ -160,6 +170,8 @@ def check_detector(content, kind, where):
     if mean.shape != std.shape or not (std > 0).all():
         raise BadInput(f"{where} is not usable: its std is 0 somewhere, or its mean of another "
                        "width")
+    if "trust" in content:
+        fits(content["trust"], sound_trust, f"{where}, trust")
     parts = [part for part in WEIGHTS.values() if part in content]
     if not parts:
         raise BadInput(f"{where} is not of this version: it has no weights")
@@ -258,7 +270,9 @@ def check_run(content, expected, where):
     pattern |= dict.fromkeys(("settings", "stage", "fingerprint", "instances"), anything)
     pattern["rng"] = random_states if done else anything
     pattern["rows"] = partial(sound_rows, stages=expected.settings.keys())
-    content.setdefault("rows", [])  # which an older file has not
+    content.setdefault("rows", [])  # which an older file has not, nor how far to trust a list
+    content.setdefault("trust", None)
+    pattern["trust"] = anything
     if records is not None:
         record = partial(sound_record, limits=expected.limits)
         pattern["pseudo"] = dict.fromkeys(mine["fingerprint"].keys() - mine["labelled"], record)
