@@ -255,7 +255,7 @@ def read_folder(folder, fps):
                            "file of the folder too")
         found |= entries
     if not found:
-        raise BadInput(f"the folder {folder} holds no label track <id>.txt")
+        raise BadInput(f"annotation files: the folder {folder} holds no label track <id>.txt")
     return found
 
 
