@@ -584,7 +584,7 @@ def checkpoint_case(base):
         part = {root: content.pop(root)}
         spoil(part, (*VALUES, TENSORS))
         content |= part
-        optional = ("theta_h", "supervised_mAP", "rows")  # None, or not there in an older file
+        optional = ("theta_h", "supervised_mAP", "rows", "trust")  # None, or not in older ones
         seen = not fits(content, {key: value for key, value in original.items()
                                   if key not in optional or content.get(key) is not None})
         by_all = ("settings", "classes", "mean", "std", "labelled", "detector", "ema")
