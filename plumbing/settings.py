@@ -200,7 +200,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """Raises BadInput, which names the flag that is most like an unknown one."""
         _, _, unknown = message.partition("unrecognized arguments: ")
-        like = nearest(unknown.split()[0], self._option_string_actions) if unknown else ""
+        like = nearest(unknown.split(" ")[0], self._option_string_actions) if unknown else ""
         raise BadInput(f"{message}{like}; --help lists every setting")
 
 
