@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from alqa import joint_score
 from data import DataSettings, collate, load_item, place_video, take, test_data
 from model import Detector, DetectorSettings, forward, soft_nms, tiou, vote
-from plumbing import checkpoints, checks, forms, settings
+from plumbing import checkpoints, checks, forms, settings, tables
 from plumbing.arguments import evaluation_of
 from plumbing.files import sum_features, write_json
-from plumbing.listing import find_actions
+from plumbing.listing import TIOU, find_actions, trust_of
 from plumbing.processes import dict_of_all, pick_device, prefetch, share_of
 from plumbing.runs import guard
 from plumbing.settings import Count, Flag, NotNegative, Positive, Share, Text
@@ -199,22 +199,23 @@ def match(segments, truth, tious):
     return tp
 
 
-def average_precision(truth, found, tious):
-    """AP of one class at each threshold.
+def ranked_hits(truth, found, tious):
+    """The detections of one class by their score, and which are true positives.
 
     truth  {video: N segments}, one instance or more
-    found  [(video, score, segment)], in any order"""
+    found  [(video, score, segment)], in any order
+    ->     scores (M,), descending, and (thresholds, M) bool"""
     found = sorted(found[::-1], key=lambda detection: -detection[1])  # ties: the last comes first
     rows_of = {video: [] for video in truth}
     for row, (video, _, _) in enumerate(found):
         if video in truth:
             rows_of[video].append(row)
+    scores = np.array([score for _, score, _ in found], dtype=np.float64)
     segments = np.array([segment for _, _, segment in found], dtype=np.float64).reshape(-1, 2)
     tp = np.zeros((len(tious), len(found)), dtype=bool)
     for video, mine in rows_of.items():
         tp[:, mine] = match(segments[mine], np.array(truth[video]), tious)
-    instances = sum(map(len, truth.values()))
-    return [interpolated_ap(hits, instances) for hits in tp]
+    return scores, tp
 
 
 def mean_average_precision(truth, predictions, tious):
@@ -234,8 +235,12 @@ def mean_average_precision(truth, predictions, tious):
     for video, detections in predictions.items():
         for d in detections:
             found[d["label"]].append((video, d["score"], d["segment"]))
-    ap = {label: average_precision(segments, found[label], tious)
-          for label, segments in instances.items()}
+    ap, ranked = {}, {}
+    for label, segments in instances.items():
+        number = sum(map(len, segments.values()))
+        scores, tp = ranked_hits(segments, found[label], np.append(tious, TIOU))
+        ap[label] = [interpolated_ap(hits, number) for hits in tp[:-1]]
+        ranked[label] = scores, tp[-1], number
     mAP = np.mean(list(ap.values()), axis=0)
     return {
         "tiou": tious.tolist(),
@@ -244,6 +249,7 @@ def mean_average_precision(truth, predictions, tious):
         "ap": ap,
         "videos": len(truth),
         "instances": sum(len(a.labels) for a in truth.values()),
+        "trust": trust_of(ranked),
     }
 
 
@@ -326,6 +332,7 @@ class Localizer:
         self.classes = content["classes"]
         self.mean, self.std = content["mean"], content["std"]
         self.seen = content.get("fingerprint", {})  # the training videos, where it names them
+        self.trust = content.get("trust") or {}  # how far its list can be trusted
         part = checkpoints.WEIGHTS[self.s.weights]
         if part not in content:
             raise BadInput(f"the checkpoint has no {self.s.weights} weights")
@@ -373,7 +380,7 @@ def evaluate_checkpoint(args, changes, kind):
 
 def evaluate_predictions(args):
     """(metrics, title) of --pred against --gt; raises BadInput."""
-    annotations = forms.read_annotations(args.gt, args.ignore_labels or "")
+    annotations = tables.read_any(args.gt, args.ignore_labels, args.fps)
     predictions = forms.read_predictions(args.pred)
     truth, subset = checks.truth_for(predictions, annotations, args.subset, args.gt)
     warn(checks.odd_predictions(predictions, truth, annotations))

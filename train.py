@@ -273,6 +273,7 @@ class Run:
     pseudo: dict = None  # {id: record}, the pseudo labels
     theta_h: float = None  # its mean when they were made
     supervised_mAP: float = None  # the average at the end of stage 2
+    trust: dict = None  # how far to trust a list of new actions, at the run's end
     pace: runs.Pace = None  # of the stage
     steps: list = None  # the losses of the epoch's steps, a dict each
 
@@ -310,7 +311,7 @@ def begin(s, dataset):
     torch.manual_seed(s.seed)
     detector = s.build(dataset.dim, len(dataset.classes)).to(s.device)
     if s.init:
-        say(public.take_weights(detector, s.init))
+        say(public.take_weights(detector, s.init, dataset.classes))
     discriminator = icd.Discriminator(dataset.dim, s.icd_hidden, s.icd_dropout).to(s.device)
     labelled = (data.load_item(video, dataset, s) for video in dataset.labelled)
     bank = icd.bank_of(labelled, s.icd_pool, s.icd_score)
@@ -551,6 +552,7 @@ PSEUDO_LABEL = {  # what pseudo_labels.json says of each: by key, the column of 
 def finish(run):
     """Detect on the test videos with the weights of the last epoch; what a run leaves."""
     s, d, out = run.s, run.data, run.folder.path
+    run.trust = {"exclusive": not alqa.classes_share_segments(d.labelled, s.repeat)}
     if d.test:
         journal.report(run, {
             "raw": evaluate.evaluate_detector(run.detector, d, s),

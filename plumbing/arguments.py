@@ -2,7 +2,7 @@
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from plumbing import checkpoints, processes, runs, settings, sources
+from plumbing import checkpoints, processes, runs, settings, sources, tables
 from plumbing.words import BadInput, nearest, shown
 
 
@@ -24,9 +24,10 @@ def settings_of(argv, kind):
     given, preset = settings.read_arguments(argv, kind)
     dataset = given.get("dataset", "toy")
     known = ("toy", *sources.LAYOUTS)
-    if dataset not in known and not dataset.endswith(".json"):
-        raise BadInput("--dataset must be an annotation file *.json or one of "
-                       f"{', '.join(known)}, not {shown(dataset)}{nearest(dataset, known)}")
+    if dataset not in known and not tables.is_known(dataset):
+        raise BadInput("--dataset must be an annotation file *.json, *.csv or *.tsv, a folder of "
+                       f"label tracks or one of {', '.join(known)}, not {shown(dataset)}"
+                       f"{nearest(dataset, known)}")
     if given.get("resume"):
         base = resumed_settings(given["resume"], given, kind)
     else:
@@ -68,18 +69,19 @@ MODES = {
             "feature_key", "weights", "device"),
     "test": ("checkpoint", "dataset", "root", "annotations", "features", "missing", "subset",
              "ext_scores", "tiou", "weights", "device", "json"),
-    "predictions": ("pred", "gt", "subset", "ignore_labels", "tiou", "json"),
+    "predictions": ("pred", "gt", "subset", "ignore_labels", "fps", "tiou", "json"),
 }
 ARGUMENTS = {
     "checkpoint": (str, "a run's folder, its checkpoint.pt or detector.pt"),
     "features": (str, "a new video's feature file, or a folder of them: print what happens there; "
                  "with --dataset, the feature folder of its test videos"),
-    "out": (str, "write what happens in new videos: .json, .csv, or for one video .srt"),
-    "min_score": (float, "least score of new videos' actions (default: 0.3)"),
+    "out": (str, "write what happens in new videos: .json, .csv, or for one video .srt, .txt"),
+    "min_score": (float, "least score of new videos' actions (default: that of the best F1 on the "
+                  "run's test videos, else 0.3)"),
     "duration": (float, "seconds of a new video (default: what its features span)"),
     "subset": (str, "test subset, in any letter case (default: the predictions', the run's)"),
     "pred": (str, "predictions in ActivityNet's result format"),
-    "gt": (str, "ground truth in ActivityNet's annotation format"),
+    "gt": (str, "ground truth, in a form that --dataset has"),
     "json": (str, "write the metrics here as well"),
 }
 

@@ -103,7 +103,7 @@ def random_states(x):
         return False
     for key in ("torch", "run"):
         torch.Generator().set_state(x[key])
-    return True
+    return x["torch"].ndim == x["run"].ndim == 1
 
 
 def sound_record(record, limits):
@@ -126,6 +126,16 @@ def sound_rows(rows, stages):
     return type(rows) is list and all(
         row["stage"] in stages and count(row["epoch"]) and count(row.get("step", 0))
         for row in rows)
+
+
+def sound_trust(trust):
+    """How far to trust a list, as listing.find_actions() takes it; None before a run's end."""
+    if trust is None:
+        return True
+    known = {"score": number, "precision": number, "recall": number, "videos": count}
+    return type(trust["exclusive"]) is bool and all(
+        key == "exclusive" or known[key](value) and value is not None
+        for key, value in trust.items())
 
 
 def state_form(part):
@@ -160,6 +170,8 @@ def check_detector(content, kind, where):
     if mean.shape != std.shape or not (std > 0).all():
         raise BadInput(f"{where} is not usable: its std is 0 somewhere, or its mean of another "
                        "width")
+    if "trust" in content:
+        fits(content["trust"], sound_trust, f"{where}, trust")
     parts = [part for part in WEIGHTS.values() if part in content]
     if not parts:
         raise BadInput(f"{where} is not of this version: it has no weights")
@@ -221,6 +233,9 @@ def alike(theirs, mine):
     return False
 
 
+BEGIN = "; a new run takes its weights with --init"  # whatever the data
+
+
 def check_data(content, expected, where):
     """Raise BadInput where features or labels are not those that a checkpoint was trained on."""
     for key, what in (("fingerprint", "features"), ("instances", "labels")):
@@ -230,10 +245,10 @@ def check_data(content, expected, where):
         changed = [name for name in mine | theirs if not alike(theirs.get(name), mine.get(name))]
         if changed:
             raise BadInput(f"{where} is of other data: {len(changed)} videos are new, gone or have "
-                           f"other {what} now: {several(changed)}")
+                           f"other {what} now: {several(changed)}{BEGIN}")
     if content["classes"] != expected.state["classes"]:
         raise BadInput(f"{where} is of other data: its classes are not those of "
-                       f"{short(expected.s.dataset, 150)}")
+                       f"{short(expected.s.dataset, 150)}{BEGIN}")
 
 
 PATTERNS = {int: count, float: number, type(None): number}  # of what the run itself would write
@@ -243,21 +258,35 @@ def check_run(content, expected, where):
     """Raise BadInput for a checkpoint that a run cannot go on from."""
     mine, s = expected.state, expected.s
     stage, processes, done, records = map(content.get, ("stage", "processes", "done", "pseudo"))
+    if stage is None:
+        raise BadInput(f"{where} has no stage: it holds the detector alone, no run to go on with")
     check_settings(content["settings"], stage, expected, where)
     check_data(content, expected, where)
     fits(done, count, f"{where}, done")
-    if processes != process_count() and (done or not s.start):
+    if (type(processes), processes) != (int, process_count()) and (done or not s.start):
         raise BadInput(f"{where} is of {shown(processes)} process(es), not {process_count()}")
     pattern = {name: PATTERNS.get(type(value), value) for name, value in mine.items()}
     pattern |= {name: state_form(part) for name, part in expected.parts.items()}
     pattern |= dict.fromkeys(("settings", "stage", "fingerprint", "instances"), anything)
     pattern["rng"] = random_states if done else anything
     pattern["rows"] = partial(sound_rows, stages=expected.settings.keys())
-    content.setdefault("rows", [])  # which an older file has not
+    content.setdefault("rows", [])  # which an older file has not, nor how far to trust a list
+    content.setdefault("trust", None)
+    pattern["trust"] = anything
     if records is not None:
         record = partial(sound_record, limits=expected.limits)
         pattern["pseudo"] = dict.fromkeys(mine["fingerprint"].keys() - mine["labelled"], record)
     fits(content, pattern, where)
+
+
+def file_of(path):
+    """The checkpoint that a path names: a file, or of a run's folder the whole run, else the small
+    detector."""
+    path = Path(path)
+    whole, small = path / "checkpoint.pt", path / "detector.pt"
+    if not path.is_dir():
+        return path
+    return small if small.exists() and not whole.exists() else whole
 
 
 def load(path, kind, expected=None):
@@ -266,10 +295,7 @@ def load(path, kind, expected=None):
     path      the file, checkpoint.pt or detector.pt, or the folder of its run
     kind      the class of its settings, which build its detector
     expected  what a run that goes on from it asks of it: an Expected"""
-    path = Path(path)
-    if path.is_dir():
-        whole, small = path / "checkpoint.pt", path / "detector.pt"
-        path = small if small.exists() and not whole.exists() else whole
+    path = file_of(path)
     where = f"checkpoint {path}"
     content = load_torch(path, "checkpoint")
     check_detector(content, kind, where)

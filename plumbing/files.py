@@ -263,7 +263,7 @@ def is_header(cells, second):
     for cell in cells:
         with suppress(ValueError):
             numbers.append(float(cell))
-    counted = len(cells) > 1 and numbers == list(range(len(cells)))
+    counted = len(cells) > 1 and cells == list(map(str, range(len(cells))))
     return not numbers or counted and "." in second
 
 

@@ -133,6 +133,26 @@ def read_each(content, read, what):
     return found
 
 
+def annotations_of(entries, ignored, fps, what):
+    """{id: Annotation} of the entries of a database; the rest as read_annotations() has it."""
+    ignored = [label.strip() for label in ignored.split(",")]
+
+    def read(entry, where):
+        return read_annotation(entry, where, ignored, fps)
+
+    return read_each(entries, read, what)
+
+
+def tool_of(content):
+    """The labelling tool that has exported a JSON value, which extras/annotations.py reads; ""."""
+    match content:
+        case [{"data": dict()}, *_]:
+            return "Label Studio"
+        case {"project": dict(), "metadata": dict(), "view": dict()}:
+            return "VIA"
+    return ""
+
+
 def read_annotations(path, ignored="", fps=0):
     """{video id: Annotation} of an ActivityNet-style JSON, or of its "database" alone.
 
@@ -140,6 +160,10 @@ def read_annotations(path, ignored="", fps=0):
     fps      of all videos; 0: as the file says
     Raises BadInput for another form."""
     content = read_json(path, "annotation file")
+    tool = tool_of(content)
+    if tool:
+        raise BadInput(f"annotation file {path} is an export of {tool}: python -m "
+                       f"extras.annotations {path} --out my.json converts it")
     database = content.get("database", content) if isinstance(content, dict) else None
     if not isinstance(database, dict) or not all(isinstance(e, dict) for e in database.values()):
         raise BadInput(f'annotation file {path} has no "database" of videos, each a JSON object')
@@ -147,9 +171,7 @@ def read_annotations(path, ignored="", fps=0):
     if database and not any(known & entry.keys() for entry in database.values()):
         raise BadInput(f"annotation file {path}: none of its entries, {several(database)}, is a "
                        f"video; one must look like {FORM}")
-    ignored = [label.strip() for label in ignored.split(",")]
-    return read_each(database, lambda entry, where: read_annotation(entry, where, ignored, fps),
-                     f"annotation file {path}")
+    return annotations_of(database, ignored, fps, f"annotation file {path}")
 
 
 def unknown_video(duration, fps):
@@ -356,15 +378,22 @@ def json_text(found):
 
 def as_cell(text):
     """A text as a cell of a table, in which a spreadsheet finds no formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    return f"'{text}" if text.lstrip("'").startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def from_cell(cell):
+    """The text that as_cell() has made a cell of."""
+    escaped = cell.startswith("'") and as_cell(cell[1:]) == cell
+    return cell[1:] if escaped else cell
 
 
 def csv_text(found):
-    """The text of a .csv file of the actions of videos."""
+    """The text of a .csv file of the actions of videos, which tables.py reads; a video without an
+    action has a row that says so."""
     rows = [("video", "start", "end", "label", "score")]
     for video, actions in found.items():
         rows += [(as_cell(video), *a["segment"], as_cell(a["label"]), a["score"])
-                 for a in actions]
+                 for a in actions] or [(as_cell(video), "", "", "", "")]
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     return text.getvalue()
@@ -379,16 +408,23 @@ def srt_text(found):
         f"{' '.join(a['label'].split())} {a['score']:.2f}\n" for number, a in enumerate(in_time, 1))
 
 
-TEXTS = {".json": json_text, ".csv": csv_text, ".srt": srt_text}
+def track_text(found):
+    """The text of a .txt file of the actions of one video: a label track, as Audacity reads it."""
+    [actions] = found.values()
+    return "".join("{}\t{}\t{}\n".format(*a["segment"], " ".join(a["label"].split()))
+                   for a in actions)
+
+
+TEXTS = {".json": json_text, ".csv": csv_text, ".srt": srt_text, ".txt": track_text}
 
 
 def check_ending(path, videos):
     """Raise BadInput for an ending that write_found() does not know, or not for several videos."""
     ending = Path(path).suffix
-    if ending not in TEXTS or ending == ".srt" and videos > 1:
-        raise BadInput(f"--out {path} must end in .json, .csv or, for one video, .srt")
+    if ending not in TEXTS or ending in (".srt", ".txt") and videos > 1:
+        raise BadInput(f"--out {path} must end in .json, .csv or, for one video, .srt or .txt")
 
 
 def write_found(path, found):
-    """Write {video: [{"segment", "label", "score"}]}: JSON, CSV or SRT, as the ending says."""
+    """Write {video: [{"segment", "label", "score"}]} in the form that the ending says."""
     write_text(path, TEXTS[Path(path).suffix](found))

@@ -100,9 +100,12 @@ def report(run, results):
 
     results  {"raw": (metrics, predictions), "ema": ...}; metrics are None without annotations"""
     s, out = run.s, run.folder.path
+    metrics, predictions = results.pop(s.weights)
+    if metrics:
+        best = {key: metrics["trust"][key] for key in ("score", "precision", "recall")}
+        run.trust |= best | {"videos": metrics["videos"]}
     if not is_first():
         return
-    metrics, predictions = results.pop(s.weights)
     other, (other_metrics, _) = results.popitem()
     files.write_json(out / "predictions.json", predictions)
     if metrics is None:
@@ -111,6 +114,8 @@ def report(run, results):
     whole = metrics | {"weights": s.weights, f"average_mAP_{other}": other_average}
     say(forms.table(metrics, f"{out} ({s.weights} weights)"))
     say(f"average with the {other} weights: {100 * other_average:.2f}")
+    say(f"listed from a score of {best['score']:.3g} on: {100 * best['precision']:.0f} % right, "
+        f"{100 * best['recall']:.0f} % of what happens found (at tIoU {metrics['trust']['tiou']})")
     if run.supervised_mAP is not None:
         whole["supervised_mAP"] = run.supervised_mAP
         say(f"supervised {100 * run.supervised_mAP:.2f} -> APL {100 * average:.2f}")

@@ -1,24 +1,100 @@
-"""The list of what happens in new videos: printed, and written for others."""
+"""The list of what happens in new videos: from which score on, how far to trust it; in and out."""
+import numpy as np
+
 from plumbing import forms
 from plumbing.sources import feature_files
 from plumbing.words import say, short
 
-LEAST_SCORE = 0.3  # of what is listed, where none is asked for
+LEAST_SCORE = 0.3  # of what is listed, where no test says a better one
+TIOU = 0.5  # from which a detection that is listed is right
+SCORES = np.arange(1, 20) / 20  # at which the curves are given
+
+
+# ---- How far to trust it ------------------------------------------------------------------------
+
+def points_of(scores, hits, instances, least):
+    """Precision, recall and F1 of what has at least these scores.
+
+    scores (M,), descending, hits (M,) bool, instances: how many there are, least (S,)
+    -> {"score", "precision", "recall", "f1"}, each (S,)"""
+    listed = np.searchsorted(-scores, -least, side="right")
+    right = np.concatenate([[0], np.cumsum(hits)])[listed]
+    precision, recall = right / np.maximum(listed, 1), right / max(instances, 1)
+    f1 = 2 * right / np.maximum(listed + instances, 1)
+    return {"score": least, "precision": precision, "recall": recall, "f1": f1}
+
+
+def operating_point(scores, hits, instances):
+    """The point of the best F1, and "curve", the points at SCORES; numbers as JSON has them."""
+    order = np.argsort(-scores, kind="stable")
+    scores, hits = scores[order], hits[order]
+    every = points_of(scores, hits, instances, np.floor(1000 * np.append(scores, 1)) / 1000)
+    best = every["f1"].argmax()
+    curve = points_of(scores, hits, instances, SCORES)
+    return {key: float(values[best]) for key, values in every.items()} | {
+        "curve": {key: values.tolist() for key, values in curve.items()}}
+
+
+def trust_of(ranked):
+    """The operating_point() of all classes and of each: {class: (scores, hits, instances)}."""
+    scores, hits, instances = zip(*ranked.values())
+    whole = operating_point(np.concatenate(scores), np.concatenate(hits), sum(instances))
+    classes = {label: operating_point(*row) for label, row in ranked.items()}
+    return {"tiou": TIOU} | whole | {"classes": classes}
+
+
+# ---- The list -----------------------------------------------------------------------------------
+
+def once(actions):
+    """Actions [{"segment", "label", "score"}] without those that are mostly one of a better score.
+    """
+    kept = []
+    for a in sorted(actions, key=lambda a: -a["score"]):
+        start, end = a["segment"]
+        if all(2 * (min(end, b["segment"][1]) - max(start, b["segment"][0]))
+               <= max(end, b["segment"][1]) - min(start, b["segment"][0]) for b in kept):
+            kept.append(a)
+    return kept
+
+
+def actions_of(found, least, exclusive):
+    """(the actions listed of a video, in order of time, whether none of them has the score).
+
+    found      segments (N, 2), labels, scores
+    least      score; without an action of it the best there is
+    exclusive  whether a segment is listed under one class alone"""
+    actions = forms.actions(*found, least)
+    below = not actions and len(found[2]) > 0
+    if below:
+        actions = forms.actions(*found, max(found[2]).item())[:1]
+    if exclusive:
+        actions = once(actions)
+    return sorted(actions, key=lambda a: a["segment"]), below
 
 
 def find_actions(localize, args):
     """Print, and write to args.out, what happens in the feature files of args.features.
 
     localize  an evaluate.Localizer; args: of evaluate.py"""
-    least = LEAST_SCORE if args.min_score is None else args.min_score
+    trust = localize.trust
+    least = args.min_score
+    if least is None:
+        least = trust.get("score", LEAST_SCORE)
+        if trust.get("videos"):
+            say(f"of such actions {100 * trust['precision']:.0f} % were right on {trust['videos']} "
+                f"test videos, {100 * trust['recall']:.0f} % were found")
     sources = feature_files(args.features)
     if args.out:
         forms.check_ending(args.out, len(sources))
     found = {}
     for name, file in sources.items():
-        found[name] = forms.actions(*localize(file, args.duration, name), least)
-        say(f"{short(name)}: {len(found[name])} actions of a score of at least {least:g}")
-        if found[name]:
-            say(forms.listing(found[name]))
+        listed, below = actions_of(
+            localize(file, args.duration, name), least, trust.get("exclusive", False))
+        found[name] = listed
+        count = 0 if below else len(listed)
+        say(f"{short(name)}: {count} actions of a score of at least {least:.3g}"
+            f"{'; the best there is:' if below else ''}")
+        if listed:
+            say(forms.listing(listed))
     if args.out:
         forms.write_found(args.out, found)

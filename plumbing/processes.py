@@ -111,7 +111,7 @@ def pick_device(name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about names that torch is giving up
             torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         if reason.startswith("Expected one of"):  # two dozen kinds
             reason = "there is no such kind; there are auto, cpu, cuda, mps and others of torch"

@@ -3,6 +3,7 @@ import re
 
 import torch
 
+from plumbing.checkpoints import file_of
 from plumbing.files import load_torch, reading
 from plumbing.words import BadInput, several
 
@@ -26,6 +27,8 @@ RENAMED = (
     (r"key", "1"),
     (r"value", "2"),
 )
+
+CLASS_LAYERS = ("cls_out", "classes.")  # how the names of weights begin that are of one class each
 
 
 def reshaped(key, value):
@@ -53,24 +56,29 @@ def public_weights(state):
     return found | ({"scales": torch.cat(scales)} if scales else {})
 
 
-def read_weights(path):
+def read_weights(path, classes):
     """{name: tensor} of a checkpoint, ours or the public ActionFormer's; averaged ones if it can.
 
-    Raises BadInput."""
+    Of a run of ours with other `classes` those of a class are left out. Raises BadInput."""
     content = load_torch(path, "checkpoint")
     with reading("checkpoint", path, "it holds no weights"):
         parts = ("state_dict_ema", "state_dict", "ema", "detector")
         state = next((content[part] for part in parts if part in content), content)
+        other = CLASS_LAYERS if content.get("classes", classes) != classes else ()
         state = {key.removeprefix("module."): value for key, value in state.items()
-                 if isinstance(value, torch.Tensor) and value.isfinite().all()}
+                 if isinstance(value, torch.Tensor) and value.isfinite().all()
+                 and not key.startswith(other)}
     return public_weights(state) if any("backbone.embd." in key for key in state) else state
 
 
-def take_weights(detector, path):
+def take_weights(detector, path, classes=None):
     """Load what fits of a checkpoint into a Detector -> what does not fit, in words.
 
-    Raises BadInput where nothing does."""
-    found, mine = read_weights(path), detector.state_dict()
+    path     a file, or the folder of a run
+    classes  the names of the detector's, where they are known
+    Raises BadInput where nothing fits."""
+    path = file_of(path)
+    found, mine = read_weights(path, classes), detector.state_dict()
     fitting = {name: value for name, value in found.items()
                if name in mine and value.shape == mine[name].shape}
     if not fitting:

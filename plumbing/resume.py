@@ -31,6 +31,7 @@ def state_of(run):
         "pseudo": run.pseudo,
         "theta_h": run.theta_h,
         "supervised_mAP": run.supervised_mAP,
+        "trust": run.trust,
         "processes": process_count(),
     } | {key: part.state_dict() for key, part in run.parts().items()}
 
@@ -50,10 +51,12 @@ def save(run):
 
 
 def save_detector(run):
-    """The reported weights alone, enough for detection on new videos."""
+    """The reported weights alone, enough for detection on new videos; and the run once more, since
+    it says now how far such a list can be trusted."""
+    save(run)
     content = state_of(run)
     part = checkpoints.WEIGHTS[run.s.weights]
-    small = {key: content[key] for key in (*checkpoints.ALWAYS, part)}
+    small = {key: content[key] for key in (*checkpoints.ALWAYS, part, "trust")}
     path = run.folder.path / "detector.pt"
     files.write_atomically(path, lambda file: torch.save(small, file))
 
@@ -76,13 +79,13 @@ def restore(run, stages, limits):
     Raises BadInput."""
     if not run.s.resume and not run.s.start:
         return
-    path = run.folder.path / "checkpoint.pt" if run.s.resume else run.s.start
+    path = run.s.resume or run.s.start
     content = checkpoints.load(path, type(run.s), expected_of(run, stages, limits))
     for key, part in run.parts().items():
         part.load_state_dict(content[key])
     run.at = runs.Progress(**{name: content[name] for name in asdict(run.at)})
     run.t_plus = dict(zip(run.t_plus, content["t_plus"].to(run.s.device)))
-    for name in ("pseudo", "theta_h", "supervised_mAP", "rng"):
+    for name in ("pseudo", "theta_h", "supervised_mAP", "trust", "rng"):
         setattr(run, name, content[name])
     if run.s.resume:
         run.folder.rows = content["rows"]

@@ -141,7 +141,8 @@ class FileSettings(CheckedSettings):
     since = "run"
     heading = "files, splits, crops and batches"
     dataset: Text(
-        "toy, thumos, activitynet, epic-verb, epic-noun, or the path of an annotation JSON") = "toy"
+        "toy, thumos, activitynet, epic-verb, epic-noun, or the path of annotations: JSON, .csv, "
+        ".tsv, a folder of label tracks") = "toy"
     root: Text("folder of a published dataset, in ActionFormer's layout") = ""
     annotations: Text("annotation file, in place of the layout's") = ""
     features: Text("feature folder; none: the layout's, or the folder features beside a JSON") = ""
@@ -180,7 +181,8 @@ class RunSettings(CheckedSettings):
     start: Text(
         "checkpoint of another run to go on from; --lr, --warmup and --clip may differ") = ""
     init: Text(
-        "checkpoint to take fitting weights from: a public ActionFormer's, or of another run") = ""
+        "checkpoint to take fitting weights from: a public ActionFormer's, or another run's, whose "
+        "labels and classes may be others") = ""
     resume: Text("folder of a run to go on with, with its settings") = ""
     log_every: WholePositive("steps between two rows of log.jsonl") = 20
     page: Flag("write page.html at the end, the run to look at in a browser") = True
@@ -203,7 +205,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """Raises BadInput, which names the flag that is most like an unknown one."""
         _, _, unknown = message.partition("unrecognized arguments: ")
-        like = nearest(unknown.split()[0], self._option_string_actions) if unknown else ""
+        like = nearest(unknown.split(" ")[0], self._option_string_actions) if unknown else ""
         raise BadInput(f"{message}{like}; --help lists every setting")
 
 

@@ -3,7 +3,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from plumbing import forms
+from plumbing import forms, tables
 from plumbing.files import READERS, VIDEOS
 from plumbing.settings import SPLITS
 from plumbing.toy import toy_videos
@@ -115,8 +115,9 @@ def read_dataset(s):
     if not path.exists():
         raise BadInput(f"annotation file not found: {path} (--dataset names it, and --features the "
                        "folder of its features)")
-    entries = forms.read_annotations(path, s.ignore_labels, s.fps)
-    return Chosen(path, entries, {name: feature_file(folder, name, s) for name in entries})
+    entries = tables.read_any(path, s.ignore_labels, s.fps)
+    sources = {name: feature_file(folder, name, s) for name in entries}
+    return Chosen(path, entries, sources, ignored=tables.unused_columns(path))
 
 
 def take_training(chosen, s):
@@ -258,10 +259,8 @@ def forget_classes(chosen, s):
         chosen.truth = forms.as_one_class(chosen.truth)
 
 
-def choose_test_data(s):
-    """The Chosen of evaluation alone; raises BadInput."""
-    chosen = read_dataset(s)
-    chosen.test = chosen.subset(s.test_subset, "--subset")
+def completed(chosen, s):
+    """A Chosen without what is missing, with its truth and its classes; raises BadInput."""
     drop_missing(chosen, s)
     find_truth(chosen, s)
     check_scores(chosen, s)
@@ -269,17 +268,24 @@ def choose_test_data(s):
     return chosen
 
 
+def choose_test_data(s):
+    """The Chosen of evaluation alone; raises BadInput."""
+    chosen = read_dataset(s)
+    chosen.test = chosen.subset(s.test_subset, "--subset")
+    return completed(chosen, s)
+
+
 def choose_training_data(s):
     """The Chosen of training and of its test; raises BadInput."""
     chosen = read_dataset(s)
     take_training(chosen, s)
-    if s.test_subset != "none" and (
-            forms.in_subset(chosen.entries, s.test_subset)
-            or len(chosen.annotated | chosen.bare) < len(chosen.entries)):
+    trained = (chosen.annotated | chosen.bare).keys()
+    there = forms.in_subset(chosen.entries, s.test_subset) or chosen.entries.keys() - trained
+    if there and s.test_subset != "none":
         chosen.test = chosen.subset(s.test_subset, "--test-subset NAME, or none")
     else:
         chosen.warnings.append("there are no test videos, so no mAP")
-    overlap = (chosen.annotated | chosen.bare).keys() & chosen.test.keys()
+    overlap = trained & chosen.test.keys()
     if overlap:
         chosen.warnings.append(f"{len(overlap)} test videos are training videos too: the mAP says "
                                "nothing of new ones")
@@ -289,11 +295,7 @@ def choose_training_data(s):
         chosen.ignored.append(f"{len(other)} entries of other subsets: {forms.subsets_of(other)}")
     if s.dataset != "toy":
         take_files_without_entry(chosen, s)
-    drop_missing(chosen, s)
-    find_truth(chosen, s)
-    check_scores(chosen, s)
-    forget_classes(chosen, s)
-    return chosen
+    return completed(chosen, s)
 
 
 def feature_files(path):

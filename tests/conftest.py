@@ -14,7 +14,6 @@ from tests.helpers import SHARED, generator, own_argv, read_result, settings, wr
 
 
 def pytest_configure(config):
-    """Name the marker of the large fault campaign."""
     config.addinivalue_line("markers", "campaign: the whole fault campaign, run by -m campaign")
     config.option.reportchars += "s"  # a test that is skipped says why
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background
@@ -26,28 +25,24 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     """Leave the large fault campaign out unless it is asked for."""
-    if "campaign" in (config.option.markexpr or ""):
-        return
-    many = [item for item in items if item.get_closest_marker("campaign")]
-    config.hook.pytest_deselected(items=many)
-    items[:] = [item for item in items if item not in many]
+    if "campaign" not in (config.option.markexpr or ""):
+        many = [item for item in items if item.get_closest_marker("campaign")]
+        config.hook.pytest_deselected(items=many)
+        items[:] = [item for item in items if item not in many]
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """Every test has a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test begins from the same random numbers."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def in_time():
-    """A test that waits for ever fails."""
     def fail(number, frame):
         raise TimeoutError("the test took 90 seconds")
 
@@ -60,7 +55,6 @@ def in_time():
 
 @pytest.fixture
 def own(tmp_path):
-    """The folder of a user's own small data set: helpers.write_own()."""
     write_own(tmp_path)
     return tmp_path
 
@@ -71,12 +65,9 @@ def run(own):
     s = settings(*own_argv(own))
     run = train.begin(s, data.training_data(s))
     run.folder.path.mkdir()
-    run.generator = generator()
-    run.at.stage = "joint"
+    run.generator, run.at.stage = generator(), "joint"
     return run
 
-
-# ---- The public ActionFormer --------------------------------------------------------------------
 
 @pytest.fixture
 def tiny():
@@ -92,5 +83,4 @@ def tiny():
     detector.load_state_dict(public.public_weights(saved["state_dict"]))
     reference = np.load(SHARED / "reference/actionformer_tiny.npz")
     ref = {name: torch.from_numpy(reference[name]) for name in reference.files}
-    outputs = detector(ref["x"].transpose(1, 2), ref["mask"][:, 0])
-    return outputs, config, ref
+    return detector(ref["x"].transpose(1, 2), ref["mask"][:, 0]), config, ref

@@ -14,72 +14,47 @@ from plumbing import arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
-needs_shared = pytest.mark.skipif(
-    not SHARED.exists(),
-    reason="the reference outputs and the real data lie in ../shared, which is absent")
-
-# A run of seconds: a small network, few steps.
-TINY = (
-    "--channels", 16,
-    "--heads", 2,
-    "--windows", 5,
-    "--ranges", "0:8,8:16,16:inf",
-    "--pretrain-epochs", 2,
-    "--supervised-epochs", 2,
-    "--supervised-steps", 4,
-    "--joint-epochs", 2,
-    "--max-steps", 96,
-    "--acp-steps", 10,
-    "--log-every", 5,
-    "--device", "cpu",
-    "--precision", "float32",
-    "--no-page",
-    "--acp", "coarse+fine",
-    "--input-dropout", 0,
-)
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=(
+    "the reference outputs and the real data lie in ../shared, which is absent"))
+TINY = (  # a run of seconds: a small network, few steps
+    "--channels", 16, "--heads", 2, "--windows", 5, "--ranges", "0:8,8:16,16:inf",
+    "--pretrain-epochs", 2, "--supervised-epochs", 2, "--supervised-steps", 4,
+    "--joint-epochs", 2, "--max-steps", 96, "--acp-steps", 10, "--log-every", 5, "--device", "cpu",
+    "--precision", "float32", "--no-page", "--acp", "coarse+fine", "--input-dropout", 0)
 
 
 def generator(seed=0):
-    """torch's generator with a seed."""
     return torch.Generator().manual_seed(seed)
 
 
 def settings(*argv):
-    """The train.Settings of a command line."""
     return arguments.settings_of([str(word) for word in argv], train.Settings)
 
 
 def small_detector(classes=3, dim=6, **changes):
     """A small Detector, not training."""
     shape = {"channels": 16, "heads": 2, "windows": "5,5,0", "ranges": "0:4,4:8,8:inf"}
-    s = model.DetectorSettings(**shape | changes)
-    return model.Detector(dim, classes, s).eval()
+    return model.Detector(dim, classes, model.DetectorSettings(**shape | changes)).eval()
 
 
 def record(segments, labels, status):
     """Pseudo labels as icd.refine() gives them, all with a score of 1."""
     n = len(segments)
-    return {
-        "segments": torch.tensor(segments, dtype=torch.float32).reshape(n, 2),
-        "labels": torch.tensor(labels, dtype=torch.long),
-        "status": torch.tensor(status, dtype=torch.long),
-        "scores": torch.ones(n),
-    }
+    return {"segments": torch.tensor(segments, dtype=torch.float32).reshape(n, 2),
+            "labels": torch.tensor(labels, dtype=torch.long),
+            "status": torch.tensor(status, dtype=torch.long), "scores": torch.ones(n)}
 
 
 def detections(*scores, labels=None):
     """A record of detections, of class 0 where no labels are given."""
-    labels = labels or [0] * len(scores)
-    return {"scores": torch.tensor(scores), "labels": torch.tensor(labels, dtype=torch.long)}
+    return {"scores": torch.tensor(scores),
+            "labels": torch.tensor(labels or [0] * len(scores), dtype=torch.long)}
 
-
-# ---- A user's own data set ----------------------------------------------------------------------
 
 def write_own(folder):
     """10 training and 4 test videos of 64 steps, 2 steps a second, 5 channels, 2 classes."""
-    rng = np.random.default_rng(0)
+    rng, database = np.random.default_rng(0), {}
     (folder / "features").mkdir()
-    database = {}
     for i in range(14):
         x = rng.normal(size=(64, 5)).astype(np.float32)
         annotations = []
@@ -88,25 +63,16 @@ def write_own(folder):
             x[int(2 * start):int(2 * end), c] += 3
             annotations.append({"segment": [start, end], "label": "AB"[c]})
         np.save(folder / f"features/v{i}.npy", x)
-        subset = "Training" if i < 10 else "validation"
-        database[f"v{i}"] = {
-            "subset": subset, "duration": 32.5, "fps": 50, "annotations": annotations}
+        database[f"v{i}"] = {"subset": "Training" if i < 10 else "validation", "duration": 32.5,
+                             "fps": 50, "annotations": annotations}
     (folder / "own.json").write_text(json.dumps({"database": database}))
 
 
 def own_argv(own, *more):
     """The command line of train.py for the user's data set."""
-    argv = (
-        "--dataset", own / "own.json",
-        "--features", own / "features",
-        "--stride", 25,
-        "--frames", 50,
-        "--ratio", 0.3,
-        "--out", own / "run",
-        *TINY,
-        *more,
-    )
-    return [str(word) for word in argv]
+    return [str(word) for word in (
+        "--dataset", own / "own.json", "--features", own / "features", "--stride", 25,
+        "--frames", 50, "--ratio", 0.3, "--out", own / "run", *TINY, *more)]
 
 
 def edit(own, change):
@@ -116,47 +82,36 @@ def edit(own, change):
     (own / "own.json").write_text(json.dumps(content))
 
 
-# ---- Runs ---------------------------------------------------------------------------------------
-
 def evaluated(*argv):
-    """The exit code of evaluate.py."""
     return evaluate.main([str(word) for word in argv])
 
 
 def refused(argv, capsys, *words):
-    """The command exits with 2 and one line that holds the words -> the line.
-
-    argv: of train.py, or "evaluate" and those of evaluate.py."""
+    """train.py, or evaluate.py after "evaluate", exits with 2 and one line of the words -> it."""
     argv = [str(word) for word in argv]
     code = evaluate.main(argv[1:]) if argv[:1] == ["evaluate"] else train.main(argv)
     text = capsys.readouterr().err
     assert code == 2, f"exit code {code}"
-    assert text.startswith("error: "), text
-    assert text.count("\n") == 1, text
+    assert text.startswith("error: ") and text.count("\n") == 1, text
     for word in words:
         assert str(word) in text, text
     return text
 
 
 def read_log(folder):
-    """The rows of a run's log."""
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def read_result(path):
-    """The content of a JSON file."""
     return json.loads(path.read_text())
 
 
 def weights(folder):
     """All weights of a run's checkpoint by name."""
     content = torch.load(folder / "checkpoint.pt", weights_only=True)
-    found = {"t_plus": content["t_plus"]}
-    for part in ("detector", "ema", "icd"):
-        for name, value in content[part].items():
-            found[f"{part}.{name}"] = value
-    return found
+    parts = {f"{part}.{name}": value for part in ("detector", "ema", "icd")
+             for name, value in content[part].items()}
+    return {"t_plus": content["t_plus"], **parts}
 
 
 def same(a, b):
@@ -165,9 +120,7 @@ def same(a, b):
 
 
 def finished(tmp_path_factory, main, argv_of, *more):
-    """The folder of a user's data set with a finished run, and with its "stdout".
-
-    argv_of: own_argv, or what makes another detector's command line"""
+    """The folder of a user's data set with a finished run of main(argv_of()), and its "stdout"."""
     folder = tmp_path_factory.mktemp("finished")
     write_own(folder)
     with (pytest.MonkeyPatch.context() as patch,

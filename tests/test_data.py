@@ -2,6 +2,7 @@
 import io
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -86,6 +87,34 @@ def test_splits(tmp_path):
                             ("s.txt", "v_v2\nv5\n", ["v2", "v5"])):
         (tmp_path / name).write_text(text)
         assert splits.split_videos(many, 0.1, str(tmp_path / name), 0) == ids
+
+
+def test_a_stratified_split_is_that_of_a_plain_loop_and_fast():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        order = [f"v{i}" for i in rng.permutation(rng.integers(1, 30))]
+        has = rng.random((len(order), rng.integers(6))) < rng.random()
+        labels = {name: set(np.nonzero(row)[0].tolist()) for name, row in zip(order, has)}
+        left, chosen, covered = list(order), [], set()
+        while left:
+            best = max(left, key=lambda name: len(labels[name] - covered))
+            if covered and not labels[best] - covered:
+                covered = set()
+                continue
+            left.remove(best)
+            chosen.append(best)
+            covered |= labels[best]
+        for count in (1, len(order) // 2, len(order)):
+            assert splits.stratify(order, labels, count) == chosen[:count]
+
+
+def test_a_file_that_is_replaced_under_a_run_is_named(own):
+    s = settings(*own_argv(own))
+    d = data.training_data(s)
+    for shape in ((63, 5), (65, 5), (64, 4), (64, 6), (64,)):
+        np.save(own / f"features/{d.test[0].id}.npy", np.zeros(shape))
+        with pytest.raises(BadInput, match=d.test[0].id):
+            data.load_item(d.test[0], d, s)
 
 
 @pytest.mark.parametrize("audit", ["--no-audit", "--audit"])
@@ -259,16 +288,31 @@ def test_a_memory_that_cannot_be_read_or_written_is_none(own, read, monkeypatch)
     s, other = settings(*own_argv(own)), io.BytesIO()
     data.training_data(s)
     memory = files.memory_of(own / "features/v3.npy", s.reading())
-    np.savez(other, state=[1, 2], row=[3.0])
+    with np.load(memory) as known:
+        row, digest = known["row"], known["digest"]
+    np.savez(other, row=row + (np.arange(len(row)) == 6), digest=digest)  # a wrong mean
     for content in (b"", memory.read_bytes()[:-40], other.getvalue()):
         memory.write_bytes(content)
         read.clear()
         data.training_data(s)
         assert len(read) == 1
+    for odd in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to(own / "own.json")):
+        memory.unlink()
+        odd(memory)
+        before = (own / "own.json").read_bytes()
+        for _ in range(2):
+            read.clear()
+            data.training_data(s)
+            assert len(read) == 1
+        assert (own / "own.json").read_bytes() == before
+        if memory.is_dir():
+            memory.rmdir()
+            memory.touch()
+    read.clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(own / "own.json"))  # a file, no folder
     data.training_data(s)
     data.training_data(s)
-    assert len(read) == 1 + 2 * 14
+    assert len(read) == 2 * 14
 
 
 def test_of_a_log_the_rows_are_read_and_other_lines_counted(tmp_path):

@@ -8,10 +8,20 @@ from torch.utils._pytree import tree_leaves
 import data
 import evaluate
 import model
-from plumbing.forms import Annotation
+from plumbing.forms import Annotation, read_annotations, read_predictions
 from plumbing.settings import thresholds_of
 from plumbing.words import BadInput
-from tests.helpers import TINY, own_argv, read_result, record, refused, settings, small_detector
+from tests.helpers import (
+    SHARED,
+    TINY,
+    needs_shared,
+    own_argv,
+    read_result,
+    record,
+    refused,
+    settings,
+    small_detector,
+)
 from tests.users import TESTED, entries, predict, score_of
 
 
@@ -55,6 +65,99 @@ def test_map_against_a_loop_and_of_perfect_empty_and_repeated_predictions():
                                    for found in ({"v": hits}, {"v": []}, {}, {"v": hits + hits}))
     assert (perfect["mAP"], empty["mAP"], none["average_mAP"]) == ([1.0], [0.0], 0.0)
     assert twice["ap"]["b"] == [1.0]  # a repeat behind all true ones costs nothing
+
+
+def toolkits_mAP(truth, found, tious):
+    """mAP of {class: {video: (N, 2)}} and {class: [(video, score, segment)]}, as the public toolkit
+    sorts and matches: a loop."""
+    ap = []
+    for label, instances in truth.items():
+        ranked = sorted(found[label], key=lambda detection: -detection[1])
+        for tiou in tious:
+            taken = {video: np.zeros(len(segments), bool) for video, segments in instances.items()}
+            tp = []
+            for video, _, segment in ranked:
+                overlap = model.tiou(np.array(segment), instances.get(video, np.zeros((0, 2))))
+                best = [i for i in overlap.argsort()[::-1]
+                        if overlap[i] >= tiou and not taken[video][i]][:1]
+                if best:
+                    taken[video][best] = True
+                tp.append(bool(best))
+            precision = np.cumsum(tp) / np.arange(1, len(tp) + 1)
+            most = sum(map(len, instances.values()))
+            ap.append(sum(precision[i:].max() for i in np.nonzero(tp)[0]) / most)
+    return np.mean(np.reshape(ap, (len(truth), -1)), 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_instances_overlap_a_detection_equally_the_toolkits_is_taken(seed):
+    rng = np.random.default_rng(seed)
+    tious = [0.1, 0.2, 0.25, 0.5]
+    changed = 0
+    for _ in range(100):
+        truth, found, classes = {}, {}, {}
+        for name in ("v0", "v1"):
+            segments = 4.0 * rng.permutation(rng.integers(2, 24))[:, None] + [0, 2]
+            truth[name] = Annotation("test", 99.0, 1.0, segments, ["a"] * len(segments))
+            classes.setdefault("a", {})[name] = truth[name].segments
+            ends = 2.0 * np.sort(rng.choice(48, (rng.integers(20), 2)), 1) + [0, 2]
+            found[name] = [{"label": "a", "score": rng.uniform(), "segment": segment}
+                           for segment in ends.tolist()]
+        rows = {"a": [(name, d["score"], d["segment"]) for name in found for d in found[name]]}
+        if not rows["a"]:
+            continue
+        metrics = evaluate.mean_average_precision(truth, found, tious)
+        assert metrics["mAP"] == pytest.approx(toolkits_mAP(classes, rows, tious), abs=1e-12)
+        others = {name: Annotation("test", 99.0, 1.0, a.segments[::-1], a.labels)
+                  for name, a in truth.items()}
+        other = evaluate.mean_average_precision(others, found, tious)
+        changed += other["mAP"] != metrics["mAP"]
+    assert changed > 3  # the order of equal instances matters
+
+
+def test_precision_and_recall_by_score_are_those_of_a_loop():
+    rng = np.random.default_rng(1)
+    truth, found = {}, {}
+    for name in ("v0", "v1", "v2"):
+        segments = np.cumsum(rng.uniform([0, 2], [9, 8], (20, 2)), 1)
+        truth[name] = Annotation("test", 40.0, 1.0, segments[:6], list("aabbab"))
+        found[name] = [{"label": str(rng.choice(["a", "b"])), "score": round(rng.uniform(), 2),
+                        "segment": (segment + rng.normal(size=2)).tolist()}
+                       for segment in segments[:14]]
+    trust = evaluate.mean_average_precision(truth, found, [0.3])["trust"]
+
+    def by_hand(least, labels):
+        listed = right = instances = 0
+        for name, a in truth.items():
+            for label in labels:
+                segments = [s for s, of in zip(a.segments, a.labels) if of == label]
+                mine = [d["segment"] for d in sorted(found[name], key=lambda d: -d["score"])
+                        if d["label"] == label and d["score"] >= least]
+                right += evaluate.match(np.reshape(mine, (-1, 2)), np.reshape(segments, (-1, 2)),
+                                        np.array([0.5])).sum()
+                listed, instances = listed + len(mine), instances + len(segments)
+        return right / max(listed, 1), right / instances, 2 * right / (listed + instances)
+
+    for labels, point in {"ab": trust, **trust["classes"]}.items():
+        columns = ("precision", "recall", "f1")
+        curve = point["curve"]
+        for i, least in enumerate(curve["score"]):
+            assert [curve[key][i] for key in columns] == pytest.approx(by_hand(least, labels))
+        assert [point[key] for key in columns] == pytest.approx(by_hand(point["score"], labels))
+        best = max(by_hand(least, labels)[2] for least in np.arange(0, 1, 0.001))
+        assert point["f1"] == pytest.approx(best)
+    none = evaluate.mean_average_precision(truth, {}, [0.3])["trust"]
+    assert (none["precision"], none["recall"], none["f1"]) == (0, 0, 0)
+
+
+@needs_shared
+def test_published_detections_have_the_toolkits_mAP():
+    folder = SHARED / "reference"
+    truth = read_annotations(folder / "stpn_gt.json")
+    found = read_predictions(folder / "stpn_results.json")
+    metrics = evaluate.mean_average_precision(truth, found, thresholds_of("0.1:0.9:0.1"))
+    expected = read_result(folder / "stpn_expected.json")["toolkit_mAP"]
+    assert metrics["mAP"] == pytest.approx(expected, abs=1e-7)
 
 
 def test_predictions_of_a_class_that_the_subset_lacks_count_nowhere(own, capsys):

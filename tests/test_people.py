@@ -1,5 +1,6 @@
 """Tests of what people see and use: a new video, the console, --help, weights from elsewhere."""
 import csv
+import io
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 import evaluate
 import train
-from plumbing import forms, public
+from plumbing import forms, listing, public
 from plumbing.words import BadInput
 from tests import helpers
 from tests.helpers import SHARED, evaluated, finished, needs_shared, own_argv, read_result, refused
@@ -45,12 +46,13 @@ def test_python_command_and_run_find_the_same_in_a_video(two, tmp_path, capsys):
              predicted[4]["score"] - 1e-6)
     assert evaluated(*video, "--out", tmp_path / "found.json") == 0
     found = read_result(tmp_path / "found.json")["results"]["v12"]
-    rounded = [(d["label"], round(d["score"], 2)) for d in predicted[:5]]
+    in_time = sorted(listing.once(predicted[:5]), key=lambda d: d["segment"])
+    rounded = [(d["label"], round(d["score"], 2)) for d in in_time]
     assert [(d["label"], d["score"]) for d in found] == rounded
     capsys.readouterr()
     assert evaluated(*video) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 1 + len(in_time)
     assert f"{rounded[0][1]:.2f}  {rounded[0][0]}" in lines[1]
     # The grid of a new video can be another.
     as_trained = evaluate.Localizer(two / "run")(np.load(features))[0]
@@ -71,12 +73,37 @@ def test_what_is_found_is_written_as_json_csv_and_subtitles(two, tmp_path, capsy
     assert " --> " in first[1]
     np.save(tmp_path / "wide.npy", np.zeros((20, 7)))
     for *bad, words in ((two / "features", "--out", titles, ["found.srt", "one video"]),
-                        (one, "--out", tmp_path / "found.txt", ["found.txt"]),
+                        (one, "--out", tmp_path / "found.doc", ["found.doc"]),
                         (tmp_path / "wide.npy", ["7 channels", "5"])):
         capsys.readouterr()
         refused(["evaluate", *argv, *bad], capsys, *words)
+    odd = {name: [{"segment": [1.0, 2.0], "label": name, "score": 0.5}]
+           for name in ("=1+1", "+a", "-1", "@x", "a\n\n2\nb")}
+    forms.write_found(table, odd)
+    cells = [row["label"] for row in csv.DictReader(io.StringIO(table.read_text()))]
+    assert cells == ["'=1+1", "'+a", "'-1", "'@x", "a\n\n2\nb"]  # no formula of a spreadsheet
+    forms.write_found(titles, {"v": odd["a\n\n2\nb"]})
+    assert titles.read_text().count("\n\n") == 0 and "\na 2 b 0.50\n" in titles.read_text()
     assert [forms.clock(3.04), forms.clock(59.96)] == ["0:03.0", "1:00.0"]
     assert forms.subtitle_clock(3725.5) == "01:02:05,500"
+
+
+def test_the_list_is_what_the_runs_own_test_says_can_be_trusted(two, capsys):
+    trust = read_result(two / "run/metrics.json")["trust"]
+    argv = ("--checkpoint", two / "run", "--features", two / "features/v11.npy")
+    assert evaluated(*argv) == 0
+    first, counted, *lines = capsys.readouterr().out.splitlines()
+    right, found = (f"{100 * trust[key]:.0f} %" for key in ("precision", "recall"))
+    assert first == f"of such actions {right} were right on 4 test videos, {found} were found"
+    assert f"{len(lines)} actions of a score of at least {trust['score']:.3g}" in counted
+    assert evaluated(*argv, "--min-score", 1) == 0
+    counted, *lines = capsys.readouterr().out.splitlines()
+    assert "0 actions of a score of at least 1; the best there is:" in counted and len(lines) == 1
+    segments = [[8.0, 9.0], [1.0, 5.0], [1.2, 5.0], [4.0, 7.0]]
+    found = np.array(segments), list("abca"), np.array([0.3, 0.5, 0.6, 0.2])
+    for exclusive, expected in ((False, [1, 2, 3, 0]), (True, [2, 3, 0])):
+        listed, below = listing.actions_of(found, 0.1, exclusive)
+        assert [a["segment"] for a in listed] == [segments[i] for i in expected] and not below
 
 
 def test_the_console_has_short_lines_and_a_run_leaves_what_its_page_shows(whole, two):
@@ -168,6 +195,15 @@ def test_real_clips_go_through_a_detector_of_their_width(tmp_path):
     assert len(segments) == len(labels) == len(scores) > 0
     with pytest.raises(BadInput, match="2048"):
         localize(np.zeros((9, 4)))
+    for wrong, words in ((np.full((9, 2048), np.nan), "the array holds nan at step 0"),
+                         (np.zeros(9), r"the array must hold .*\(T, D\)")):
+        with pytest.raises(BadInput, match=words) as told:
+            localize(wrong)
+        assert len(str(told.value)) < 250
+    with pytest.raises(BadInput, match="min_scor is no setting; do you mean min_score"):
+        evaluate.Localizer(tmp_path / "run", min_scor=0.5)
+    few = evaluate.Localizer(tmp_path / "run", min_score=float(scores[0]) - 1e-6)
+    assert 0 < len(few(clips / "highjump.npy")[0]) < len(segments)
 
 
 def test_video_level_scores_name_the_classes_of_a_detector_without(own, capsys):

@@ -2,10 +2,12 @@
 import json
 import math
 import multiprocessing
+import os
 import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,6 +270,7 @@ ENDS = {
     "SIGINT": (lambda: signal.raise_signal(signal.SIGINT), 130, ["SIGINT"]),
     "SIGKILL": (lambda: signal.raise_signal(signal.SIGKILL), -9, None),
     "an exception": (lambda: 1 / 0, 1, None),
+    "SIGHUP": (lambda: signal.raise_signal(signal.SIGHUP), 129, ["SIGHUP"]),
     "a full disk": (fill_disk, 2, ["checkpoint.pt", "cannot be written", "File too large"]),
     "a closed pipe": (None, 0, None),  # it only ends the printing
 }
@@ -290,7 +293,8 @@ STOPS = [
     ("as pseudo labels are made anew", DETECT, 3, {"SIGTERM": 21}),
     ("amid an epoch of stage 3", STEP, 19, {"SIGTERM": 19, "SIGKILL": 18}),
     ("in the report", DETECT, 4, {"SIGINT": 23}),
-    ("from outside", None, None, {"SIGTERM": None, "SIGINT": None, "a closed pipe": 23}),
+    ("from outside", None, None,
+     {"SIGTERM": None, "SIGINT": None, "SIGHUP": None, "a closed pipe": 23}),
 ]
 
 
@@ -385,6 +389,24 @@ def test_later_stages_start_from_shared_ones(own, capsys, stage, later, earlier,
     assert helpers.same(weights(own / "on"), weights(own / "whole"))
     capsys.readouterr()
     helpers.refused(argv("other", *more, *earlier.split()), capsys, "another configuration", name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_one_of_two_processes_ends_both_with_one_sentence(own, number):
+    argv = own_argv(own, "--supervised-epochs", 300)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", "train.py", *argv]
+    with subprocess.Popen(command, cwd=helpers.ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        next(line for line in process.stdout if line.startswith("supervised"))
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), number)
+        _, err = process.communicate(timeout=60)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, err
+    assert "stopped by SIGTERM" in errors[0] or "another process of the run" in errors[0]
+    assert f"--resume {own / 'run'}" in errors[0]
+    assert train.main(["--resume", str(own / "run"), "--check"]) == 2  # of two processes
 
 
 def test_two_processes_with_half_the_batch_follow_one(own):

@@ -184,6 +184,12 @@ def test_the_page_needs_nothing_else_and_odd_names_come_back_and_make_no_tag(tmp
     ("config.json", None), ("config.json", {}), ("metrics.json", {"mAP": 1}),
     ("videos.json", None), ("videos.json", []),
     ("videos.json", {"v": {"part": "odd", "annotations": []}}),
+    ("videos.json", json.loads('{"v": ' + '{"part": ' * 400 + "1" + "}" * 401)),
+    ("metrics.json", {"tiou": [0.5], "mAP": [], "average_mAP": 0.1, "videos": 1, "instances": 1,
+                      "weights": "ema", "ap": {}}),
+    ("representation.json", {"classes": ["a"], "label": [3], "before": [[0, 1]],
+                             "after": [[0, 1]]}),
+    ("representation.json", [1]), ("split.json", {"missing_classes": [{}]}),
     ("predictions.json", {"results": {"test0": [{}]}}), ("pseudo_labels.json", {"unlabelled0": 3})])
 def test_a_run_that_train_did_not_write_is_refused(tmp_path, capsys, name, content):
     run = write_run(tmp_path / "my", changes={name: content})

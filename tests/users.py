@@ -1,7 +1,7 @@
-"""A user's data set in the tests: the commands on it, and changes of its files.
-
-A change is a function of the data set's folder, so that tables can name it."""
+"""The commands on a user's data set, and changes: functions of its folder, for tables."""
 import json
+import shutil
+from functools import partial
 
 import numpy as np
 
@@ -9,8 +9,7 @@ import data
 from tests.helpers import edit, evaluated, own_argv, read_result, refused, settings
 
 NAMES = [f"v{i}" for i in range(14)]
-TRAINED = NAMES[:10]
-TESTED = NAMES[10:]
+TRAINED, TESTED = NAMES[:10], NAMES[10:]
 LOWEST = ("--theta-l", 0.0)  # so that a detector of few steps has pseudo labels
 SUPERVISED = ("--stage", "supervised", "--acp", "none", "--supervised-epochs", 1)
 
@@ -32,12 +31,10 @@ def refusal(argv, capsys, *words):
 
 
 def check(own, *more):
-    """The command line that looks at the data only."""
     return own_argv(own, "--check", *more)
 
 
 def opened(own, *more):
-    """The Dataset of the user's files."""
     return data.training_data(settings(*own_argv(own, *more)))
 
 
@@ -47,23 +44,18 @@ def everything(own, *more):
 
 
 def instances_of(dataset):
-    """All that the labelled videos teach, as lists of numbers."""
     return {v.id: (v.segments.tolist(), v.labels.tolist()) for v in dataset.labelled}
 
 
 def ids(videos):
-    """The ids of videos."""
     return {video.id for video in videos}
 
-
-# ---- Changes ------------------------------------------------------------------------------------
 
 def nothing(folder):
     """No change."""
 
 
 def all_of(*changes):
-    """The changes, one after the other."""
     def change(folder):
         for one in changes:
             one(folder)
@@ -71,18 +63,14 @@ def all_of(*changes):
 
 
 def text(name, content):
-    """A file of text or bytes."""
     def change(folder):
-        path = folder / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return change
 
 
 def edits(function):
     """A change of the annotation file: function(database)."""
-    def change(folder):
-        edit(folder, function)
-    return change
+    return partial(edit, change=function)
 
 
 def entries(names, **fields):
@@ -91,12 +79,10 @@ def entries(names, **fields):
 
 
 def lacking(key, *names):
-    """These videos' entries without a field."""
     return edits(lambda database: [database[name].pop(key) for name in names])
 
 
 def without(*names):
-    """The annotation file without these videos."""
     return edits(lambda database: [database.pop(name) for name in names])
 
 
@@ -124,7 +110,6 @@ def features(names, function):
 
 
 def no_features(*names):
-    """No feature files of these videos."""
     def change(folder):
         for name in names:
             (folder / f"features/{name}.npy").unlink()
@@ -141,10 +126,14 @@ def renamed(name, new, file=None):
     return change
 
 
-# ---- Predictions --------------------------------------------------------------------------------
+def loose_features(folder):
+    """Feature files without an entry, in this folder and in others."""
+    (folder / "more/deep").mkdir(parents=True)
+    for path in ("more/deep/w1", "more/deep/w2", "features/loose"):
+        shutil.copy(folder / "features/v1.npy", folder / f"{path}.npy")
+
 
 def perfect(own, names):
-    """Predictions equal to the annotations of these videos."""
     database = read_result(own / "own.json")["database"]
     return {name: [{"label": a["label"], "segment": a["segment"], "score": 0.9}
                    for a in database[name]["annotations"]] for name in names}

@@ -1,0 +1,163 @@
+"""What labelling tools export as JSON, in ActivityNet's form, which train.py reads.
+
+    python -m extras.annotations export.json --out my.json --fps 25    of Label Studio
+    python -m extras.annotations project.json --out my.json            of VIA 3, a video project
+
+Label Studio (export as JSON, not JSON-MIN): its timeline labels count frames from 1, the last one
+included, so that --fps must say how many a second has; those of a recording's sound are in seconds.
+A task has no annotations until one is submitted: it is an unlabelled video. VIA: the segments of
+the timeline, which are in seconds; a video without any is unlabelled, as nobody may have seen it.
+All videos are of the subset "training", and named as their files are, without the ending.
+
+The tables that BORIS, ELAN, Audacity and spreadsheets write train.py reads as they are.
+"""
+import re
+import sys
+from pathlib import Path, PureWindowsPath
+from urllib.parse import unquote
+
+from plumbing import forms
+from plumbing.files import VIDEOS, read_json, write_json
+from plumbing.runs import guard
+from plumbing.settings import Parser
+from plumbing.words import BadInput, say, several, short
+
+SOUND = ("labels", "timeserieslabels")  # Label Studio's labels of times in seconds
+SEGMENT = "FILE1_Z2_XY0"  # as VIA calls what a segment of a recording has
+DELETED = 1  # VIA's flag
+
+
+def id_of(name):
+    """The id of a video: the name of its file, without folder and ending."""
+    path = Path(PureWindowsPath(name).name)
+    return path.stem if path.suffix.lower() in VIDEOS else path.name
+
+
+# ---- Label Studio -------------------------------------------------------------------------------
+
+def recording_of(task):
+    """The id of a task's recording, of the first of its data that is one.
+
+    It may be an address with a query, a file of local storage, or an upload, which has a number
+    before its name."""
+    texts = [text for text in task["data"].values() if isinstance(text, str)]
+    for text in texts:
+        name = unquote(text.rpartition("?d=")[2].partition("?")[0])
+        if name.lower().endswith(VIDEOS):
+            return re.sub("^[0-9a-f]{8}-", "", id_of(name)) if "/upload/" in text else id_of(name)
+    raise BadInput(f"task {short(task.get('id'))} names no recording, only {several(texts)}")
+
+
+def segments_of(value, fps, where):
+    """[start, end] in seconds of each range of what Label Studio says of a region."""
+    if "ranges" in value and not fps:
+        raise BadInput(f"{where} its timeline labels count frames: give --fps")
+    for part in value.get("ranges", ()):
+        first, last = (forms.number(part[key], where, f"{key} of a range")
+                       for key in ("start", "end"))
+        yield [(first - 1) / fps, last / fps]
+    if "ranges" not in value:
+        yield [value["start"], value["end"]]
+
+
+def read_task(task, fps, where):
+    """The entry of a task in ActivityNet's form.
+
+    Of several annotations it is that which is marked as ground truth, else the first."""
+    given = [a for a in task.get("annotations", ()) if not a.get("was_cancelled")]
+    if not given:
+        return {"subset": "training"}
+    chosen = next((a for a in given if a.get("ground_truth")), given[0])
+    annotations = []
+    duration = None
+    for region in chosen["result"]:
+        value = region["value"]
+        kinds = [kind for kind in ("timelinelabels", *SOUND) if kind in value]
+        if not kinds or not {"ranges", "start"} & value.keys():
+            continue  # a box, a text, a choice
+        duration = value.get("original_length", duration)
+        annotations += [{"segment": segment, "label": label}
+                        for segment in segments_of(value, fps, where) for label in value[kinds[0]]]
+    return {"subset": "training", "duration": duration, "annotations": annotations}
+
+
+def from_label_studio(tasks, fps, where):
+    """{id: entry} of the tasks that Label Studio exports; raises BadInput."""
+    named = {}
+    for task in tasks:
+        name = recording_of(task)
+        if name in named:
+            raise BadInput(f"{where}: two tasks are of the recording {short(name)}")
+        named[name] = task
+    return forms.read_each(named, lambda task, place: read_task(task, fps, place), where)
+
+
+# ---- VIA ----------------------------------------------------------------------------------------
+
+def via_labels(attributes, values):
+    """The labels that a segment's values {attribute: value} give it.
+
+    The value of an attribute with options is the key of one, or of several with commas."""
+    labels = []
+    for key, value in values.items():
+        attribute = attributes.get(key, {})
+        options = attribute.get("options") or {}
+        if attribute.get("anchor_id") != SEGMENT or not value:
+            continue
+        parts = value.split(",") if options and value not in options else [value]
+        labels += [options.get(part, part) for part in parts]
+    return labels
+
+
+def from_via(project):
+    """{id: entry} of a video project of VIA 3."""
+    files = {number: view["fid_list"][0] for number, view in project["view"].items()}
+    names = {number: id_of(project["file"][file]["fname"]) for number, file in files.items()}
+    entries = {name: {"subset": "training"} for name in names.values()}
+    for region in project["metadata"].values():
+        if region.get("flg", 0) & DELETED or len(region["z"]) != 2:
+            continue  # gone, or of one moment
+        found = entries[names[region["vid"]]].setdefault("annotations", [])
+        labels = via_labels(project["attribute"], region["av"])
+        found += [{"segment": region["z"], "label": label} for label in labels or [None]]
+    return entries
+
+
+# ---- The command line ---------------------------------------------------------------------------
+
+def convert(path, fps):
+    """{id: entry} in ActivityNet's form of an export of Label Studio or of VIA; raises BadInput."""
+    where = f"export {path}"
+    content = read_json(path, "export")
+    tool = forms.tool_of(content)
+    if not tool:
+        raise BadInput(f"{where} is none of Label Studio's (export as JSON) or of VIA 3's")
+    try:
+        entries = from_via(content) if tool == "VIA" else from_label_studio(content, fps, where)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        reason = short(f"{type(error).__name__} {error}")
+        raise BadInput(f"{where} is not as {tool} writes it ({reason})") from None
+    forms.annotations_of(entries, "", 0, where)  # raises what reading it would
+    return entries
+
+
+def main(argv=None):
+    """The command line; returns the exit code, 2 for bad input."""
+    with guard() as stop:
+        parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+        parser.add_argument("export", help="the JSON that the tool wrote")
+        parser.add_argument("--out", required=True, help="the JSON to write")
+        parser.add_argument("--fps", type=float, default=0, help="frames a second")
+        args = parser.parse_args(argv)
+        if not 0 <= args.fps < 1e6:
+            raise BadInput(f"--fps must be positive, not {args.fps:g}")
+        entries = convert(args.export, args.fps)
+        write_json(args.out, {"database": entries}, indent=1)
+        counts = [len(entry["annotations"]) for entry in entries.values() if "annotations" in entry]
+        say(f"{args.out} has {len(entries)} videos, {len(counts)} of them labelled, with "
+            f"{sum(counts)} instances: train.py takes it as --dataset")
+    return stop.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""Features of raw sensor recordings: what each channel does in a window that slides over the rows.
+
+    python -m extras.windows raw --out features --window 50 --stride 25
+    python -m extras.windows raw/walk.npy --rate 50      a recording without a clock
+
+A recording is a .csv, .tsv or .npy file, a row a moment, a column a channel. Its features are
+<id>.npy, a row a window: the means of all channels, then their standard deviations, minima,
+maxima, and mean absolute differences from row to row. Leading columns that count rows or time are
+no channels: those named so, as "time (ms)", or that rise evenly. Rows after the last whole window
+are left out. All is read and checked before anything is written.
+"""
+import re
+import sys
+from argparse import SUPPRESS
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from plumbing.files import Reading, bad_steps, columns_of, read_features, write_atomically
+from plumbing.runs import guard
+from plumbing.settings import (
+    CheckedSettings,
+    Count,
+    Flag,
+    NotNegative,
+    Parser,
+    Text,
+    add_setting,
+    comment_of,
+    number,
+)
+from plumbing.sources import feature_files
+from plumbing.words import BadInput, say, several, shown, warn
+
+# Units of time: the word for each, and how many are a second.
+UNITS = {
+    "s": ("seconds", 1), "ms": ("milliseconds", 1e3), "us": ("microseconds", 1e6),
+    "ns": ("nanoseconds", 1e9)}
+# What a column that counts rows or time is called, with its unit or without.
+NAMES = re.compile(rf"(time|timestamp|t|date|index)[\W_]*({'|'.join(UNITS)})?[\W_]*")
+SAME_RATE = 0.001  # rates that differ by a smaller share are one
+AtLeast2 = number(int, 2, 10 ** 6, "from 2 to a million")
+
+
+@dataclass(frozen=True)
+class Settings(CheckedSettings):
+    """What the command is asked for."""
+    raw: Text("a recording, or a folder of them")
+    out: Text("folder of the features, with the sub-folders of the recordings") = "features"
+    window: AtLeast2("rows of a window") = 50
+    stride: Count("rows from the start of a window to that of the next") = 25
+    rate: NotNegative("rows a second; 0: what the recordings' clocks say") = 0.0
+    overwrite: Flag("replace feature files that exist") = False
+
+
+@dataclass
+class Recording:
+    """A recording without its clock."""
+    file: Path
+    rows: np.ndarray  # (N, C)
+    channels: list  # C names, each "" where no header has them
+    left_out: list  # the names of the columns before
+    rate: float | None  # rows a second, None where nothing says it
+    clock: str  # what says it, in words
+
+
+# ---- The clock of a recording -------------------------------------------------------------------
+
+def is_even(steps):
+    """Whether all the steps of a column rise, nearly all of them by about the same."""
+    middle = np.median(steps)
+    usual = abs(steps - middle) <= middle / 2
+    return (steps > 0).all() and usual.mean() >= 0.9
+
+
+def read_counter(times, name, file):
+    """What a column counts: (word of its name, its unit), each None where it does not say.
+
+    None for a channel, that is, a column of another name that does not rise evenly. Raises
+    BadInput for one that is named as a clock and does not rise."""
+    named = NAMES.fullmatch(name.lower())
+    steps = np.diff(times)
+    if not named:
+        return (None, None) if is_even(steps) else None
+    falls = ~(steps >= 0)  # so is NaN
+    if falls.any() or times[-1] == times[0]:
+        raise BadInput(f"recording {file}: its column {shown(name)} does not rise at row "
+                       f"{falls.argmax() + 2}: rows must be in the order of time")
+    return named.groups()
+
+
+def read_clock(times, word, unit, file, stride):
+    """(rows a second, the clock in words) of a column that rises; (None, "") if it counts rows.
+
+    Without a unit it is the first in which more than one row comes a second. Rows that lie more
+    than `stride` rows from where the rate puts them are a warning.
+    word, unit  as read_counter() gives them"""
+    if word == "index" or not word and (np.diff(times) == 1).all():
+        return None, ""
+    passed = times - times[0]
+    rows = np.arange(len(times))
+    rows_a_tick = rows[-1] / passed[-1]
+    assumed = "" if unit else ", assumed by its size"
+    unit = unit or next((u for u, (_, many) in UNITS.items() if rows_a_tick * many > 1), "ns")
+    word, many = UNITS[unit]
+    rate = rows_a_tick * many
+    beside = abs(passed * rows_a_tick - rows).max()
+    if beside > stride:
+        warn([f"recording {file}: its clock has gaps or changes its pace: rows lie up to "
+              f"{beside / rate:.1f} s from where {rate:.6g} rows a second put them"])
+    return rate, f"by its clock in {word}{assumed}"
+
+
+# ---- A recording and its features ---------------------------------------------------------------
+
+def check_finite(recording):
+    """Raise BadInput where a row holds NaN, infinity or what float32 cannot hold."""
+    bad = bad_steps(recording.rows)
+    if bad.any():
+        row = bad.argmax()
+        channel = bad_steps(recording.rows[row][:, None]).argmax()
+        column = len(recording.left_out) + channel + 1
+        raise BadInput(f"recording {recording.file} holds {recording.rows[row, channel]} in row "
+                       f"{row + 1}, column {column}; {bad.sum()} of its {len(bad)} rows hold NaN, "
+                       "infinity or what float32 cannot: fill or cut them first")
+
+
+def leading_clocks(rows, names, file, s):
+    """(how many leading columns count rows or time, rows a second or None, which clock says it).
+
+    names: of all columns, "" where they have none. Raises BadInput."""
+    rate, clock = None, ""
+    for column, name in enumerate(names[:-1]):  # the last is a channel, whatever it does
+        times = np.array(rows[:, column], dtype=np.float64)
+        counter = read_counter(times, name, file)
+        if counter is None:
+            return column, rate, clock
+        found = read_clock(times, *counter, file, s.stride)
+        rate, clock = found if found[0] else (rate, clock)
+    return len(names) - 1, rate, clock
+
+
+def read_recording(file, name, s):
+    """The Recording in a file; raises BadInput for what gives no features."""
+    rows = read_features(file, Reading(), name)
+    length, width = rows.shape
+    if length < s.window:
+        raise BadInput(f"recording {file} is shorter than a window: it has {length} rows, and "
+                       f"--window is {s.window}")
+    names = [cell.strip(" \"'") for cell in columns_of(file)]
+    if len(names) != width:
+        names = [""] * width
+    first, rate, clock = leading_clocks(rows, names, file, s)
+    if s.rate:
+        rate, clock = s.rate, "by --rate"
+    left_out = [name or f"column {i}" for i, name in enumerate(names[:first], 1)]
+    recording = Recording(file, rows[:, first:], names[first:], left_out, rate, clock)
+    check_finite(recording)
+    return recording
+
+
+def statistics(rows):
+    """The features of a window: rows (W, C) -> (5 C,)."""
+    rows = np.array(rows, dtype=np.float64)
+    change = abs(np.diff(rows, axis=0)).mean(0)
+    return np.concatenate([rows.mean(0), rows.std(0), rows.min(0), rows.max(0), change])
+
+
+def features_of(rows, window, stride):
+    """The features of a recording's rows (N, C) -> (T, 5 C), float32."""
+    starts = range(0, len(rows) - window + 1, stride)
+    windows = [statistics(rows[start:start + window]) for start in starts]
+    return np.array(windows, dtype=np.float32)
+
+
+def without(recording):
+    """Which columns of a recording are left out, in words."""
+    return f", without {several(recording.left_out)}" if recording.left_out else ""
+
+
+def check_alike(first, other):
+    """Raise BadInput where two recordings have not the same channels."""
+    a, b = first.channels, other.channels
+    if len(a) != len(b):
+        raise BadInput(f"recording {other.file} has {len(b)} channels{without(other)}, but "
+                       f"{first.file} has {len(a)}{without(first)}")
+    if any(a) and any(b) and a != b:
+        raise BadInput(f"recording {other.file} has the channels {several(b)}, but {first.file} "
+                       f"has {several(a)}")
+
+
+# ---- All recordings -----------------------------------------------------------------------------
+
+def feature_targets(names, out, source, overwrite):
+    """{name: the file that its features go to}; raises BadInput for one that must stay."""
+    targets = {name: Path(out, f"{name}.npy") for name in names}
+    for target in targets.values():
+        if target.resolve().is_relative_to(Path(source).resolve()):
+            raise BadInput(f"--out {out}: {target} would lie among the recordings of {source}")
+        if target.exists() and not overwrite:
+            raise BadInput(f"{target} exists (--overwrite replaces it)")
+    return targets
+
+
+def write_features(path, features):
+    """Write a .npy file atomically, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: np.save(file, features))
+
+
+def describe(name, recording, windows):
+    """A recording and its features in a line."""
+    rate = f"; {recording.rate:.6g} rows a second {recording.clock}" if recording.rate else ""
+    return (f"{name}: {windows} windows of {len(recording.channels)} channels{without(recording)}"
+            f"{rate}")
+
+
+def advice(rates, s):
+    """What to train with, in words; rates: rows a second of each recording, or None."""
+    grid = f"--stride {s.stride} --frames {s.window}"
+    if None in rates:
+        return (f"{grid} --fps RATE, the rows a second, which not every recording says "
+                "(--rate HZ)")
+    if max(rates) > (1 + SAME_RATE) * min(rates):
+        return (f'{grid} and each recording\'s own rate as "fps" in its annotation entry: they '
+                f"differ, from {min(rates):.6g} to {max(rates):.6g}")
+    return f"{grid} --fps {np.median(rates):.6g}"
+
+
+def make_features(s):
+    """Write the features of all recordings, and say what to train with; raises BadInput."""
+    files = feature_files(s.raw)
+    targets = feature_targets(files, s.out, s.raw, s.overwrite)
+    features = {}
+    rates = []
+    first = None
+    for name, file in files.items():
+        recording = read_recording(file, name, s)
+        first = first or recording
+        check_alike(first, recording)
+        features[name] = features_of(recording.rows, s.window, s.stride)
+        rates.append(recording.rate)
+        say(describe(name, recording, len(features[name])))
+    for name, target in targets.items():
+        write_features(target, features[name])
+    say(f"the features of {len(files)} recordings are in {s.out}; train with {advice(rates, s)}")
+
+
+def read_command(argv, kind, text):
+    """The settings, of a class, of a command line whose first word is the first of them.
+
+    text: of a module, whose first line is the command's title. Raises BadInput."""
+    parser = Parser(
+        description=text.split("\n")[0], allow_abbrev=False, argument_default=SUPPRESS)
+    source, *others = fields(kind)
+    parser.add_argument(source.name, help=comment_of(source))
+    for f in others:
+        add_setting(parser, f, {}, False)
+    return kind(**vars(parser.parse_args(argv)))
+
+
+def main(argv=None):
+    """The command line; returns the exit code, 2 for bad input."""
+    with guard() as stop:
+        make_features(read_command(argv, Settings, __doc__))
+    return stop.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""Tables: annotations as people and labelling tools write them, read for --dataset and --gt.
+
+    my.csv, my.tsv   a row an instance, columns by name: video, start, end, label, and, where they
+                     are, subset, duration, fps; or as BORIS and ELAN export tables
+    labels/          a text file <id>.txt a video: a label track, as Audacity writes it; with --fps
+                     a label a frame, as action segmentation has them; or a table of ELAN's
+    my.json          ActivityNet's form, which forms.py reads
+
+Times are in seconds or h:mm:ss. Bad input raises BadInput: the file, the line and the value.
+"""
+import csv
+import io
+import re
+from itertools import groupby
+from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
+
+from plumbing import forms
+from plumbing.files import VIDEOS, read_text
+from plumbing.words import BadInput, refuse, several, short, shown
+
+ENDINGS = (".csv", ".tsv", ".txt")  # of files in other forms than JSON
+
+# What columns are called, in any letter case, by people, BORIS and ELAN: of several the first in
+# this order is read.
+NAMES = {
+    "video": ("video", "media file name", "media file", "file name", "file path",
+              "observation id"),
+    "start": ("start", "start (s)", "begin time - ss.msec", "begin time - hh:mm:ss.ms",
+              "begin time - msec"),
+    "end": ("end", "stop (s)", "end time - ss.msec", "end time - hh:mm:ss.ms", "end time - msec"),
+    "label": ("label", "behavior", "annotation"),
+    "subset": ("subset",),
+    "duration": ("total length", "media duration (s)", "duration"),
+    "fps": ("fps", "fps (frame/s)"),
+}
+OF_ELAN = re.compile("(begin time|end time|duration) - .*|tier|participant|file (name|path)|")
+CLOCK = re.compile(r"(?:([0-9]+):)?([0-9]+):([0-5]?[0-9](?:\.[0-9]*)?)")  # h:mm:ss or m:ss
+
+
+class Table(NamedTuple):
+    """A table whose columns are understood."""
+    names: dict  # {key of NAMES: what its column is called, in lower case}
+    rows: list  # [(line, {key: cell})]
+    unused: list = ()  # the names of the other columns
+
+
+# ---- Cells --------------------------------------------------------------------------------------
+
+def read_cells(path):
+    """([(line, cells)] of a file of cells, the header first, what stands between cells).
+
+    Empty lines are left out, and those that ELAN writes before the header. Raises BadInput."""
+    lines = read_text(path, "annotation file").splitlines(keepends=True)
+    head = 0
+    while head < len(lines) and (not lines[head].strip() or lines[head].startswith(("#", '"#'))):
+        head += 1
+    first = "".join(lines[head:head + 1])
+    between = next((mark for mark in "\t;" if mark in first), ",")
+    text = io.StringIO("".join(lines[head:]), newline="")
+    reader = csv.reader(text, delimiter=between, strict=True)
+    rows = []
+    try:
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if any(cells):
+                rows.append((head + reader.line_num, cells))
+    except csv.Error as error:
+        raise BadInput(
+            f"annotation file {path}, line {head + reader.line_num}: {error}") from None
+    return rows, between
+
+
+def is_of_elan(names):
+    """Whether the columns of a table are those of ELAN's export."""
+    return names.get("start", "").startswith("begin time")
+
+
+def names_of(header):
+    """{key of NAMES: what its column is called, in lower case} of the cells of a header.
+
+    ELAN has a column a tier, under the tier's own name: where there is one, it has the labels."""
+    header = [cell.lower() for cell in header]
+    names = {}
+    for key, known in NAMES.items():
+        present = [name for name in known if name in header]
+        if present:
+            names[key] = present[0]
+    tiers = [name for name in header if not OF_ELAN.fullmatch(name)]
+    if is_of_elan(names) and len(tiers) == 1:
+        names["label"] = tiers[0]
+    return names
+
+
+def check_names(names, header, path):
+    """Raise BadInput where a column is missing that a table needs.
+
+    One of ELAN's may have no column of videos: it is of the one that its file is named after."""
+    needed = {"video", "start", "end", "label"}
+    why = ""
+    if is_of_elan(names):
+        needed.remove("video")
+        why = "; of ELAN's tiers export one, with column headers"
+    missing = sorted(needed - names.keys())
+    if missing:
+        raise BadInput(f"annotation file {path} has no column {', '.join(missing)}: its header is "
+                       f"{several(header, 8) or 'empty'}{why}")
+
+
+def open_table(path):
+    """The Table of a file with a header; raises BadInput.
+
+    Where no comma stands between cells, one in a number is its point."""
+    rows, between = read_cells(path)
+    header = rows[0][1] if rows else []
+    names = names_of(header)
+    check_names(names, header, path)
+    lower = [cell.lower() for cell in header]
+    number = {key: lower.index(name) for key, name in names.items()}
+    unused = [name for i, name in enumerate(header) if name and i not in number.values()]
+    table = Table(names, [], unused)
+    numbers = () if between == "," else number.keys() & {"start", "end", "duration", "fps"}
+    for line, cells in rows[1:]:
+        if any(cells[len(header):]):
+            raise BadInput(f"annotation file {path}, line {line} has {len(cells)} cells, its "
+                           f"header {len(header)}: {shown(between.join(cells))}")
+        cells += [""] * len(header)
+        row = {key: forms.from_cell(cells[i]) for key, i in number.items()}
+        for key in numbers:
+            row[key] = row[key].replace(",", ".")
+        table.rows.append((line, row))
+    return table
+
+
+# ---- What they say ------------------------------------------------------------------------------
+
+def seconds_of(text, name, where):
+    """The seconds of a time in a column of a name; raises BadInput."""
+    clock = CLOCK.fullmatch(text)
+    if clock:
+        hours, minutes, seconds = clock.groups(default="0")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    time = forms.number(text, where, f"{name}, in seconds or h:mm:ss,")
+    return time / 1000 if name.endswith("- msec") else time
+
+
+def video_of(cell, name):
+    """The id of a video; of a tool's path of a recording its name, without folder and ending."""
+    if name == "video":
+        return cell
+    path = Path(PureWindowsPath(cell).name)  # of any system
+    return path.stem if path.suffix.lower() in (*VIDEOS, ".eaf") else path.name
+
+
+def fill(entry, row, names, where):
+    """Add what a row says to its video's entry, as forms.read_annotation() takes it.
+
+    A row that has neither start nor end nor label says that the video is there. Raises BadInput.
+    """
+    for key in ("subset", "duration", "fps"):
+        value = row.get(key)
+        if value in (None, "", "NA"):  # BORIS writes what it does not know so
+            continue
+        if key != "subset":
+            value = forms.positive_number(row, [key], where)
+        if entry.setdefault(key, value) != value:
+            raise BadInput(f"{where} {key} is {shown(value)}, in a row before {shown(entry[key])}:"
+                           " it is the whole video's")
+    if not row["start"] + row["end"] + row["label"]:
+        return
+    start, end = (seconds_of(row[key], names[key], where) for key in ("start", "end"))
+    if end < start:
+        raise BadInput(f"{where} the segment [{row['start']}, {row['end']}] ends before it starts")
+    label = forms.read_label(row["label"], where)
+    entry["annotations"].append({"segment": [start, end], "label": label})
+
+
+def entries_of(table, path):
+    """{id: entry} of the videos of a Table; raises BadInput, which counts the faults."""
+    entries = {}
+    faults = {}
+    for line, row in table.rows:
+        name = path.stem
+        if "video" in row:
+            name = video_of(row["video"], table.names["video"])
+        where = f"annotation file {path}, line {line}, video {short(name)}:"
+        try:
+            if not name:
+                raise BadInput(f"{where} it names no video")
+            fill(entries.setdefault(name, {"annotations": []}), row, table.names, where)
+        except BadInput as fault:
+            faults.setdefault(name, fault)
+    refuse(faults)
+    return entries
+
+
+# ---- One text file a video ----------------------------------------------------------------------
+
+def track_of(lines):
+    """The Table of a label track: start, end and label in each line [(number, text)].
+
+    Lines that begin with a backslash, in which Audacity has frequencies, are left out."""
+    names = {"start": "start", "end": "end", "label": "label"}
+    rows = []
+    for number, line in lines:
+        if not line.startswith("\\"):
+            start, end, label, *_ = [*line.split("\t", 2), "", ""]
+            rows.append((number, {
+                "start": start.replace(",", "."), "end": end.replace(",", "."),
+                "label": label.strip()}))
+    return Table(names, rows)
+
+
+def frames_entry(lines, path, fps):
+    """The entry of a video with a label a frame: equal neighbours are one instance."""
+    if not fps:
+        raise BadInput(f"annotation file {path} has a label a frame, as its first line "
+                       f"{shown(lines[0][1])} has no tab: give --fps")
+    annotations = []
+    first = 0
+    for label, group in groupby(line for _, line in lines):
+        last = first + len(list(group))
+        annotations.append({"segment": [first / fps, last / fps], "label": label})
+        first = last
+    return {"duration": first / fps, "fps": fps, "annotations": annotations}
+
+
+def read_text_file(path, fps):
+    """{id: entry} of a text file: a table, or of the video that it is named after a label track
+    or a label a frame; raises BadInput."""
+    text = read_text(path, "annotation file").splitlines()
+    lines = [(number, line.strip(" ")) for number, line in enumerate(text, 1) if line.strip()]
+    first = next((line for _, line in lines if not line.startswith(("#", '"#'))), "")
+    cells = [cell.strip('" ') for cell in first.split("\t")]
+    if {"start", "end"} <= names_of(cells).keys():
+        return entries_of(open_table(path), path)
+    if lines and len(cells) == 1:
+        return {path.stem: frames_entry(lines, path, fps)}
+    return {path.stem: {"annotations": []}} | entries_of(track_of(lines), path)
+
+
+def read_folder(folder, fps):
+    """{id: entry} of the text files of a folder and its sub-folders; raises BadInput."""
+    found = {}
+    for path in sorted(folder.rglob("*.txt")):
+        place = path.relative_to(folder)
+        if any(part.startswith(".") for part in place.parts):
+            continue
+        entries = read_text_file(path, fps)
+        if entries.keys() == {path.stem}:
+            entries = {place.with_suffix("").as_posix(): entries[path.stem]}
+        twice = found.keys() & entries.keys()
+        if twice:
+            raise BadInput(f"annotation file {path}: the video {short(min(twice))} is in another "
+                           "file of the folder too")
+        found |= entries
+    if not found:
+        raise BadInput(f"annotation files: the folder {folder} holds no label track <id>.txt")
+    return found
+
+
+# ---- All forms ----------------------------------------------------------------------------------
+
+def ending_of(path):
+    """The ending of a file's name, in lower case."""
+    return Path(path).suffix.lower()
+
+
+def is_known(path):
+    """Whether a path names annotations, by its ending or as a folder."""
+    return ending_of(path) in (".json", *ENDINGS) or Path(path).is_dir()
+
+
+def unused_columns(path):
+    """What is not read of the table at a path, in words, as a list; [] of other forms."""
+    if ending_of(path) not in (".csv", ".tsv"):
+        return []
+    unused = open_table(Path(path)).unused
+    return [f"the column(s) {several(unused)} of {path}"] if unused else []
+
+
+def read_any(path, ignored="", fps=0):
+    """{id: Annotation} of annotations in any form, as forms.read_annotations() gives them.
+
+    ignored  labels that are left out, with commas, or None
+    fps      of all videos; 0 or None: as the file says
+    Where no video has a subset, all are of "training". Raises BadInput."""
+    path = Path(path)
+    if path.is_dir():
+        entries = read_folder(path, fps)
+    elif ending_of(path) == ".txt":
+        entries = read_text_file(path, fps)
+    elif ending_of(path) in ENDINGS:
+        entries = entries_of(open_table(path), path)
+    else:
+        return forms.read_annotations(path, ignored or "", fps)
+    if not any("subset" in entry for entry in entries.values()):
+        for entry in entries.values():
+            entry["subset"] = "training"
+    return forms.annotations_of(entries, ignored or "", fps, f"annotation file {path}")
