@@ -137,9 +137,9 @@ BAD_RUNS = [
     ("t_plus", "", torch.full((2,), math.nan), 100.0), ("epoch", "", "2", -1),
     ("stage", "", "final", ["joint"]), ("theta_h", "", math.nan),
     ("", "not of this version", without("theta_h")), ("done", "", 10 ** 30, torch.zeros(3)),
-    ("", "", amid(processes="1"), amid(processes=torch.zeros(0)), amid(rng={
-        "torch": torch.get_rng_state()[None], "run": torch.Generator().get_state()}), *(amid(rng=rng) for rng in (
-        None, {}, "abc", {"torch": torch.zeros(3, dtype=torch.uint8)},
+    ("", "", amid(processes="1"), amid(processes=torch.zeros(0)), *(amid(rng=rng) for rng in (
+        None, {}, {"torch": torch.get_rng_state()[None], "run": torch.Generator().get_state()},
+        "abc", {"torch": torch.zeros(3, dtype=torch.uint8)},
         torch.zeros(9, dtype=torch.uint8)))),
     ("rows", "", None, [None], [{"stage": "x", "epoch": 1}], [{"stage": "joint"}]),
     ("fingerprint", "", None), ("instances", "", None), ("pseudo", "", [], {"x": {}}),
