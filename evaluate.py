@@ -189,9 +189,12 @@ def match(segments, truth, tious):
     overlap = toolkits_tiou(segments[:, None], truth)  # (M, N)
     free = np.ones((len(tious), len(truth)), dtype=bool)
     tp = np.zeros((len(tious), len(segments)), dtype=bool)
-    reaching = (overlap >= tious.min()).sum(1)  # few do, and only these need the loop
-    for i in np.nonzero(reaching)[0]:
-        near = overlap[i].argsort()[:-reaching[i] - 1:-1]
+    reaching = overlap >= tious.min()  # few do, and only these need the loop
+    for i in np.nonzero(reaching.any(1))[0]:
+        near = np.nonzero(reaching[i])[0]
+        near = near[overlap[i, near].argsort()[::-1]]
+        if (overlap[i, near[1:]] == overlap[i, near[:-1]]).any():  # equals: as in the whole row
+            near = overlap[i].argsort()[::-1][:len(near)]
         open_to = free[:, near] & (overlap[i, near] >= tious[:, None])  # (thresholds, near)
         best = near[open_to.argmax(1)]
         tp[:, i] = open_to.any(1)
