@@ -4,11 +4,14 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import asdict
 from html.parser import HTMLParser
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
+import train
 from extras import viewer
 from plumbing import files
 from plumbing.words import BadInput
@@ -85,6 +88,7 @@ RUNS = {  # what write_run() is given
     "large": {"videos": (250, 200, 50), "classes": [f"class number {i}" for i in range(200)],
               "count": 400},
     "many videos": {"videos": (2000, 0, 0), "classes": ("0", "1"), "count": 60},
+    "two tests": {"videos": (2, 0, 1)},
     "bare": {"changes": {
         "videos.json": {}, "metrics.json": None, "representation.json": None,
         "pseudo_labels.json": None, "log.jsonl": None, "predictions.json": None}}}
@@ -165,7 +169,7 @@ def test_the_page_needs_nothing_else_and_odd_names_come_back_and_make_no_tag(tmp
     paths = [page_of(tmp_path / name, **RUNS[name]) for name in ("small", "odd")]
     plain, odd = (path.read_text(encoding="utf-8") for path in paths)
     assert not re.search(r"https?:|@import|\bfetch\(|XMLHttpRequest|\bimport\(|innerHTML", plain)
-    assert "default-src 'none'" in plain
+    assert "default-src 'none'; img-src data:; media-src 'self' file:;" in plain
     for tag, attributes in tags_of(plain):
         assert "src" not in attributes, tag
         assert attributes.get("href", "data:,") == "data:,", tag
@@ -178,6 +182,130 @@ def test_the_page_needs_nothing_else_and_odd_names_come_back_and_make_no_tag(tmp
     assert json.loads(text) == {SCRIPT: "&<>\u2028\u2029\ud800"}
 
 
+# ---- Errors, the top, another run, recordings and features --------------------------------------
+
+def test_the_page_says_what_is_wrong_with_the_detections(tmp_path):
+    # Truth: walk 0-1.5, run 2-3.5, walk 4-5.5. Detections: walk and run in turn, i to i + 1.5;
+    # those at odd times overlap two instances by 0.2, of which the first counts.
+    shown = embedded(page_of(tmp_path / "my"))
+    judged, test = shown["analysis"], shown["videos"][0]
+    kinds = [judged["types"][kind] for kind in test["kinds"]]
+    assert kinds[:6] == ["true positive", "confusion", "wrong label", "localization",
+                         "true positive", "confusion"]
+    assert set(kinds[6:]) == {"background"}
+    assert test["takes"] == [0, -1, -1, -1, 2, *[-1] * 7]
+    assert judged["point"] == {"score": 0.9, "precision": 1, "recall": 0.333333, "f1": 0.5}
+    assert judged["videos"] == {
+        "test0": {"video": "test0", "f1": 0.5, "missed": 2, "false": 0, "instances": 3}}
+    assert judged["confusion"] == {"rows": ["walk", "run", "background"], "cells": [
+        [0, 0, 1], [0, 2, 1], [1, 2, 1]], "columns": ["walk", "run", "missed"]}
+    counts = [(name, one["instances"], one["labelled"]) for name, one in judged["classes"].items()]
+    assert counts == [("walk", 2, 2), ("run", 1, 1)]
+    # Of walk, 2 instances, ranks 1 and 2 are in the first block, of run, 1 instance, rank 1.
+    assert judged["errors"]["blocks"][0]["counts"] == {
+        "true positive": [1, 1], "double": [0, 0], "localization": [0, 0], "confusion": [1, 1],
+        "wrong label": [1, 1], "background": [0, 0]}
+    assert [one["kinds"] for one in shown["videos"][1:]] == [[], []]
+    assert sum(group["instances"] for group in judged["groups"]["length"]) == 3
+    second = embedded(page_of(tmp_path / "two", **RUNS["two tests"]))["videos"][1]
+    assert second["truth"] == [[1, 0, 1.5], [0, 2, 3.5], [1, 4, 5.5]]
+    assert second["takes"] == [-1, -1, 1, *[-1] * 9]  # walk at 2; numbers are of the video
+
+
+def test_the_operating_point_is_that_of_the_list_where_the_run_has_it(tmp_path):
+    trust = {"score": 0.6, "precision": 0.4, "recall": 0.5, "f1": 0.45, "classes": {}}
+    metrics = read_result(write_run(tmp_path / "plain") / "metrics.json") | {"trust": trust}
+    shown = embedded(page_of(tmp_path / "my", changes={"metrics.json": metrics}))
+    assert shown["analysis"]["point"] == {key: trust[key] for key in trust if key != "classes"}
+    assert shown["analysis"]["videos"]["test0"]["false"] == 3  # 0.9, 0.6 are right, three between
+    empty = {"predictions.json": {"results": {"test0": []}}}
+    assert embedded(page_of(tmp_path / "none", changes=empty))["analysis"]["point"]["score"] is None
+
+
+def test_what_is_left_out_is_counted_by_its_score():
+    found = [{"score": score, "label": "a", "segment": [0, 1]} for score in (
+        0.29, 0.295, 0.3, 0.009, 0.58)]
+    row = viewer.video_of("v", {"part": "test", "annotations": None}, found, {"a": 0}, 1)
+    assert row["found"] == [[0, 0, 1, 0.58]]
+    assert row["left_out"] == 4
+    assert row["left_out_by_score"] == {29: 2, 30: 1, 0: 1}
+
+
+def test_the_top_has_date_duration_gain_and_command_where_the_files_have_them(tmp_path):
+    run = write_run(tmp_path / "my")
+    rest = [["took", "0:00:04 h of training steps"],  # 40 steps, 9 a second; joint does not say
+            ["gain over the supervised stage", "+19.3 points of average mAP"]]
+    begun, *others = embedded(viewer.write_page(run))["about"]
+    assert begun[0] == "begun"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", begun[1])
+    assert others == rest
+    own = asdict(train.Settings(dataset="toy", **train.Settings.preset("toy")))
+    words = viewer.command_of(own | {"out": "runs/a b", "audit": True, "page": False, "seed": 3})
+    assert sorted(words.split(" --")) == [
+        "audit", "no-page", "out 'runs/a b'", "python train.py", "seed 3"]
+    assert viewer.command_of(own | {"another": 1}) is None
+
+
+def test_two_runs_are_compared_and_three_or_one_without_a_test_refused(tmp_path, capsys):
+    runs = [str(write_run(tmp_path / name)) for name in "ab"]
+    bare = str(write_run(tmp_path / "c", **RUNS["bare"]))
+    out = tmp_path / "page.html"
+    assert viewer.main([*runs, "--out", str(out)]) == 0
+    shown = embedded(out)
+    assert (shown["name"], shown["other"]["name"]) == ("a", "b")
+    assert shown["other"]["metrics"] == read_result(tmp_path / "b" / "metrics.json")
+    assert shown["other"]["errors"] == shown["analysis"]["errors"]
+    out.unlink()
+    capsys.readouterr()
+    for given, sentence in (([*runs, bare], "compares two runs, not 3"),
+                            ([runs[0], bare], "nothing to compare"),
+                            ([bare, runs[0]], "nothing to compare")):
+        assert viewer.main([*given, "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert sentence in error
+        assert error.count("\n") == 1
+        assert not out.exists()
+
+
+def test_recordings_are_found_by_id_and_named_as_seen_from_the_page(tmp_path, capsys):
+    run, folder = write_run(tmp_path / "my"), tmp_path / "a # b"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("test0.webm", "test0.wav", "sub/labelled0.mp4", "unlabelled0.txt"):
+        (folder / name).touch()
+    assert viewer.main([str(run), "--videos", str(folder)]) == 0
+    assert embedded(run / "page.html")["recordings"] == {"test0": "../a%20%23%20b/test0.webm"}
+    assert viewer.main([str(run), "--videos", str(tmp_path / "none")]) == 2
+    assert "holds no recording <id>" in capsys.readouterr().err
+
+
+def own_data(folder, videos, shape):
+    """The settings of a run on features of a shape (T, D), one file a video, channel k times k."""
+    (folder / "features").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in videos:
+        feats = rng.normal(size=shape) * np.arange(shape[1])
+        np.save(folder / "features" / f"{name}.npy", feats.astype(np.float32))
+    return asdict(train.Settings(dataset=str(folder / "my.json")))
+
+
+def test_feature_curves_are_few_and_thinned_and_pages_with_them_small(tmp_path):
+    feats = np.array([[0, 5, 1, 9], [4, 5, 3, 0], [2, 5, 2, 9]], dtype=np.float32)
+    assert viewer.feature_curves(feats, 9) == {  # by variance: 3, 0, 2, 1
+        "channels": [3, 0, 2, 1], "y": [[99, 0, 99], [0, 99, 50], [0, 99, 50], [0, 0, 0]]}
+    assert viewer.feature_curves(feats, 2) == {  # of the first and last step alone
+        "channels": [0, 2, 1, 3], "y": [[0, 99], [0, 99], [0, 0], [0, 0]]}
+    names = [f"{part}{i}" for part, number in zip(viewer.PARTS, (200, 150, 49))
+             for i in range(number)]
+    config = own_data(tmp_path / "data", names, (600, 6))
+    path = page_of(tmp_path / "my", videos=(200, 150, 50), count=400,
+                   changes={"config.json": config})
+    assert path.stat().st_size < 4_000_000
+    features = embedded(path)["features"]
+    assert features.keys() == set(names)  # not labelled49, which has no file
+    assert features["test0"]["channels"] == [5, 4, 3, 2]
+    assert [len(y) for y in features["test0"]["y"]] == [viewer.MOST_STEPS] * 4
+
+
 # ---- What is missing, odd or large --------------------------------------------------------------
 
 @pytest.mark.parametrize(("name", "content"), [
@@ -187,6 +315,8 @@ def test_the_page_needs_nothing_else_and_odd_names_come_back_and_make_no_tag(tmp
     ("videos.json", json.loads('{"v": ' + '{"part": ' * 400 + "1" + "}" * 401)),
     ("metrics.json", {"tiou": [0.5], "mAP": [], "average_mAP": 0.1, "videos": 1, "instances": 1,
                       "weights": "ema", "ap": {}}),
+    ("metrics.json", {"tiou": [], "mAP": [], "average_mAP": 0.1, "videos": 1, "instances": 1,
+                      "weights": "ema", "ap": {}, "trust": {"score": 0.5}}),
     ("representation.json", {"classes": ["a"], "label": [3], "before": [[0, 1]],
                              "after": [[0, 1]]}),
     ("representation.json", [1]), ("split.json", {"missing_classes": [{}]}),
@@ -317,6 +447,22 @@ DEEDS = {
         for (const id of ["previous", "closer", "whole"]) byId(id).click();
         return all(".absent").map(node => node.parentNode.id).sort();""",
         ["ap", "curves", "frames", "map", "pulses", "timeline"]),
+    "the key e goes from error to error and on to the next video": ("two tests", """
+        set("score", 0.6);
+        const seen = [];
+        const errors = () => byId("summary").textContent.split("Error ")[1];
+        for (let i = 0; i < 5; i++) press("e"), seen.push(title()[4] + " " + errors());
+        const orders = ["id", "f1", "missed", "false"].map(order =>
+          [set("order", order, "change"), all("#videos option")[0].value][1]);
+        return [seen, all("#timeline .marked").length, view.zoom > 1, byId("videos").value,
+                orders];""",
+        # From 0.6 on: those at 0 to 4. Of test0, 0 and 4 are right, of test1 only 2.
+        [["0 1 of 4: run, false positive (confusion), 1.00 s to 2.50 s.",
+          "0 2 of 4: walk, false positive (wrong label), 2.00 s to 3.50 s.",
+          "0 3 of 4: run, missed, 2.00 s to 3.50 s.",
+          "0 4 of 4: run, false positive (localization), 3.00 s to 4.50 s.",
+          "1 1 of 6: walk, false positive (wrong label), 0.00 s to 1.50 s."], 1, True, "1",
+         ["0", "1", "1", "1"]]),
     "curves are chosen and numbers show beside the pointer": ("small", """
         set("stage", "supervised", "change");
         all("#losses input")[1].click();
@@ -337,6 +483,42 @@ DEEDS = {
 def test_in_a_browser(tmp_path, name):
     kind, script, expected, *address = DEEDS[name]
     assert look(page_of(tmp_path / "my", **RUNS[kind]), script, *address) == expected
+
+
+@needs_browser
+def test_the_panels_about_errors_in_a_browser(tmp_path):
+    run, other = (write_run(tmp_path / name) for name in "ab")
+    (tmp_path / "test0.webm").touch()
+    page = viewer.write_page(run, other=other, recordings=tmp_path)
+    found = look(page, """
+        const kinds = () => segments().map(node => node.getAttribute("class")).sort().join();
+        const first = [byId("least").textContent, kinds()];
+        set("score", 0);
+        const whole = [kinds().split(",").filter(kind => kind === "missed").length];
+        press("e", "e");
+        const error = byId("summary").textContent.split("Error ")[1];
+        byId("operate").click();
+        set("order", "missed", "change");
+        const options = texts("#videos option");
+        const { title } = all("#videos option")[0];
+        const player = document.querySelector("#player video").getAttribute("src");
+        const tables = ["confusion", "other-map"].map(id =>
+          [...byId(id).rows].map(row => [...row.cells].map(cell => cell.textContent).join("|")));
+        return [first, whole, error, options, title, player, tables, texts("#ap .count"),
+                all("#types [role=img] .column").length, all("#other-types [role=img] rect").length,
+                all("#points .point").length, all("#bins .column").length,
+                ["causes", "trust", "confused", "other"].map(id => byId(id).hidden)];""")
+    assert found == [
+        ["0.9", "missed,missed,true-positive,truth"], [1],
+        "2 of 11: walk, false positive (wrong label), 2.00 s to 3.50 s.",
+        ["\u2007" * 4 + "2  test0 (test)", "unlabelled0 (unlabelled)",
+         "labelled0 (labelled)"],
+        "test0 (test)\nF1 50.0 %, missed 2 of 3, false 0", "../test0.webm",
+        [["what is there|1|2|missed", "1 walk|1||1", "2 run|||1",
+          "background|||"],
+         ["tIoU|a, %|b, %|difference", "0.3|75.0|75.0|+0.0", "0.5|50.0|50.0|+0.0",
+          "average|62.5|62.5|+0.0"]],
+        ["2", "2", "1", "1"], 60, 120, 1, 10, [False] * 4]
 
 
 @needs_browser
