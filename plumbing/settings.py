@@ -104,10 +104,12 @@ def settings_of_stages(kind, stages):
     return [f.name for f in fields(kind) if home_of(f.name, kind).since in stages]
 
 
+LATER = {"skip_columns": 0, "fill_gaps": False}  # that older files lack, as they were then
+
+
 def settings_from(found, kind, where):
     """The settings of a class that a file's dict holds; raises BadInput where they are others."""
-    if not isinstance(found, dict):
-        found = {}
+    found = LATER | found if isinstance(found, dict) else {}
     try:
         return kind(**{f.name: found[f.name] for f in fields(kind)})
     except KeyError as error:

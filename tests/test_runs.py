@@ -222,6 +222,20 @@ def test_what_is_refused_leaves_the_run_as_it_was(trained, capsys, change, comma
         assert before.get("checkpoint.pt") != files_of(trained / "run")["checkpoint.pt"]
 
 
+def test_a_checkpoint_of_an_older_version_goes_on_and_is_evaluated(trained):
+    path = trained / "run/checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    for name in ("rows", "trust"):
+        del content[name]
+    for name in ("skip_columns", "fill_gaps"):
+        del content["settings"][name]
+    torch.save(content | {"settings": content["settings"] | {"icd_steps": 0}}, path)
+    (trained / "run/metrics.json").unlink()
+    assert evaluated(*EVALUATE[1:]) == 0
+    assert train.main(RESUME) == 0
+    assert (trained / "run/metrics.json").exists()
+
+
 # ---- Data that moved, results, the folder of a run ----------------------------------------------
 
 def test_data_that_only_look_changed_go_on_and_a_test_needs_no_training_videos(trained, capsys):
