@@ -369,6 +369,18 @@ def judged(folder, config, metrics, predictions):
     return shown, predictions | marked(half, truth, found)
 
 
+@contextmanager
+def as_written(folder):
+    """Raises BadInput for what goes wrong inside with files that are not as train.py writes them.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        reason = short(f"{type(error).__name__} {error}")
+        raise BadInput(f"{folder} is no run of this version: its files are not as train.py writes "
+                       f"them ({reason})") from error
+
+
 def check_comparable(folder, metrics, analysed):
     """Raise BadInput for a run in a folder that has nothing to compare."""
     if metrics is None or analysed is None:
@@ -450,18 +462,6 @@ def curves_of_features(folder, config, names):
 
 
 # ---- All of it ----------------------------------------------------------------------------------
-
-@contextmanager
-def as_written(folder):
-    """Raises BadInput for what goes wrong inside with files that are not as train.py writes them.
-    """
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        reason = short(f"{type(error).__name__} {error}")
-        raise BadInput(f"{folder} is no run of this version: its files are not as train.py writes "
-                       f"them ({reason})") from error
-
 
 def page_data(folder, recordings=None, page=None):
     """What the page shows of the run in a folder; raises BadInput.
