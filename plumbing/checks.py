@@ -163,6 +163,18 @@ def check_labelled(labelled, annotations, path, s):
                f"and teach nothing; --max-steps {int(s.crop_keep * longest) + 1} would do")
 
 
+def check_raw(labelled, s):
+    """Yield a warning where the LabelledVideos' features look like rows of a raw recording.
+
+    s: also the DetectorSettings, for the levels"""
+    rate = min(video.grid.fps / video.grid.stride for video in labelled)
+    half = torch.cat([video.segments for video in labelled]).diff()[:, 0] / 2
+    last_level = s.levels()[1][-1][0]
+    if rate > 20 and (half >= last_level).all():
+        yield (f"{rate:.3g} steps a second and all labelled instances in the last level look like "
+               "a raw recording: python -m extras.windows makes features of one")
+
+
 NO_ACTION = ("background", "bg", "none", "null", "nothing", "noaction", "other")
 
 
@@ -200,6 +212,7 @@ def look(dataset, videos, annotations, path, s):
     videos, annotations  of all that it takes, {id: Video}, {id: Annotation}"""
     yield from check_spans(videos, annotations, s, dataset.dim)
     yield from check_labelled(dataset.labelled, annotations, path, s)
+    yield from check_raw(dataset.labelled, s)
     yield from check_classes(dataset.classes, dataset.missing)
     if s.stage == "all" and not dataset.unlabelled:
         yield (f"all {len(dataset.labelled)} training videos are labelled, so that there is no "

@@ -334,6 +334,8 @@ TOLD = [
      "first 1 column(s)|--skip-columns 1"),
     (users.features(NAMES, lambda x: np.hstack([np.mgrid[0:64, 0:2].cumsum(1)[0], x])), "", "",
      "first 2 column(s)|--skip-columns 2"),
+    (all_of(users.every_time(lambda t: t / 16), entries(NAMES, duration=32.5 / 16, fps=800)),
+     "--ranges 0:1,1:2,2:inf", "", "32 steps a second|raw recording|extras.windows"),
     (users.features(["v1", "v5"], gap), "--fill-gaps", "", "6 steps of 2 videos|v1, v5"),
     *((actions(["v4"], 0, label=name), ALL, "", f"{name}|--ignore-labels")
       for name in ("background", "Background", "BG", "no action")),
