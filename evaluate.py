@@ -178,17 +178,17 @@ def toolkits_tiou(a, b):
     return np.where(np.isnan(overlap), np.inf, overlap)
 
 
-def match(segments, truth, tious):
-    """Which detections of a class in a video are true positives, at each threshold.
+def assign(segments, truth, tious):
+    """The instance that each detection of a class in a video takes, at each threshold.
 
     Each, best score first, takes the free instance of largest tIoU, of equals the one that numpy
     sorts last (the toolkit's), if it reaches the threshold.
     segments  (M, 2), best score first
     truth     (N, 2)
-    ->        (thresholds, M) bool"""
+    ->        (thresholds, M) numbers of instances, -1 without one"""
     overlap = toolkits_tiou(segments[:, None], truth)  # (M, N)
     free = np.ones((len(tious), len(truth)), dtype=bool)
-    tp = np.zeros((len(tious), len(segments)), dtype=bool)
+    taken = np.full((len(tious), len(segments)), -1)
     reaching = overlap >= tious.min()  # few do, and only these need the loop
     for i in np.nonzero(reaching.any(1))[0]:
         near = np.nonzero(reaching[i])[0]
@@ -196,10 +196,15 @@ def match(segments, truth, tious):
         if (overlap[i, near[1:]] == overlap[i, near[:-1]]).any():  # equals: as in the whole row
             near = overlap[i].argsort()[::-1][:len(near)]
         open_to = free[:, near] & (overlap[i, near] >= tious[:, None])  # (thresholds, near)
-        best = near[open_to.argmax(1)]
-        tp[:, i] = open_to.any(1)
-        free[tp[:, i], best[tp[:, i]]] = False
-    return tp
+        hit = np.nonzero(open_to.any(1))[0]
+        taken[hit, i] = near[open_to[hit].argmax(1)]
+        free[hit, taken[hit, i]] = False
+    return taken
+
+
+def match(segments, truth, tious):
+    """Which detections are true positives: assign(), as (thresholds, M) bool."""
+    return assign(segments, truth, tious) >= 0
 
 
 def ranked_hits(truth, found, tious):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluate import interpolated_ap, toolkits_tiou
+from evaluate import assign, interpolated_ap, toolkits_tiou
 from icd import STATUS
 from plumbing import checks, forms
 from plumbing.files import read_json, write_json
@@ -125,26 +125,8 @@ def rows_of(listed, videos, classes):
         np.array(segments, dtype=np.float64).reshape(-1, 2))
 
 
-def assign(segments, truth, tious):
-    """The instance that each of some segments takes, as evaluate.match() has it.
-
-    segments  (M, 2), best score first; truth (N, 2)
-    ->        (A, M) numbers of instances, -1 without one"""
-    overlap = toolkits_tiou(segments[:, None], truth)
-    near = (overlap >= tious.min()).any(1)  # few are, and only these need the loop
-    free = np.ones((len(tious), len(truth)), dtype=bool)
-    taken = np.full((len(tious), len(segments)), -1)
-    for i in np.nonzero(near)[0]:
-        falling = overlap[i].argsort()[::-1]
-        open_to = free[:, falling] & (overlap[i, falling] >= tious[:, None])
-        at = np.nonzero(open_to.any(1))[0]
-        taken[at, i] = falling[open_to[at].argmax(1)]
-        free[at, taken[at, i]] = False
-    return taken
-
-
 def assign_within(mine, theirs, segments, truth, tious):
-    """assign() among the segments and instances of equal keys.
+    """evaluate.assign() among the segments and instances of equal keys.
 
     mine      (M,) keys of the segments (M, 2), which stand best score first within a key
     theirs    (N,) keys of the instances (N, 2)

@@ -17,7 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.files import Reading, bad_steps, columns_of, read_features, write_atomically
+from plumbing.files import (
+    Reading,
+    bad_steps,
+    columns_of,
+    first_bad,
+    read_features,
+    write_atomically,
+)
 from plumbing.runs import guard
 from plumbing.settings import (
     CheckedSettings,
@@ -118,10 +125,9 @@ def check_finite(recording):
     """Raise BadInput where a row holds NaN, infinity or what float32 cannot hold."""
     bad = bad_steps(recording.rows)
     if bad.any():
-        row = bad.argmax()
-        channel = bad_steps(recording.rows[row][:, None]).argmax()
+        row, channel, value = first_bad(recording.rows, bad)
         column = len(recording.left_out) + channel + 1
-        raise BadInput(f"recording {recording.file} holds {recording.rows[row, channel]} in row "
+        raise BadInput(f"recording {recording.file} holds {value} in row "
                        f"{row + 1}, column {column}; {bad.sum()} of its {len(bad)} rows hold NaN, "
                        "infinity or what float32 cannot: fill or cut them first")
 

@@ -117,13 +117,12 @@ def check_spans(videos, annotations, s, dim):
                f"by more than 5 %: {several(far)}; is their fps right?")
 
 
-def why_nothing(labelled, annotations, s):
+def why_nothing(labelled, annotations, on_step, in_crop, s):
     """Why LabelledVideos teach nothing, in words; "" where an instance can be learned.
 
-    annotations  {id: Annotation} of all videos"""
+    annotations       {id: Annotation} of all videos
+    on_step, in_crop  (N,) bool, of all their instances: LabelledVideo's"""
     written = sum(len(annotations[video.id].labels) for video in labelled)
-    on_step = torch.cat([video.on_a_step() for video in labelled])
-    in_crop = torch.cat([video.in_a_crop(s) for video in labelled])
     segments = torch.cat([video.segments for video in labelled])
     longest = segments.diff().max() if len(segments) else 0
     last_step = max(video.steps for video in labelled)
@@ -147,13 +146,13 @@ def why_nothing(labelled, annotations, s):
 
 def check_labelled(labelled, annotations, path, s):
     """Yield warnings about the LabelledVideos; raises BadInput where nothing is to be learned."""
-    why = why_nothing(labelled, annotations, s)
+    on_step = torch.cat([video.on_a_step() for video in labelled])
+    in_crop = torch.cat([video.in_a_crop(s) for video in labelled])
+    why = why_nothing(labelled, annotations, on_step, in_crop, s)
     if why:
         names = several([video.id for video in labelled])
         raise BadInput(f"annotation file {path}: there is nothing to learn from the labelled "
                        f"videos {names}: {why}")
-    on_step = torch.cat([video.on_a_step() for video in labelled])
-    in_crop = torch.cat([video.in_a_crop(s) for video in labelled])
     if not on_step.all():
         yield (f"{(~on_step).sum()} of {len(on_step)} labelled instances hold no grid step and "
                "teach nothing")

@@ -267,11 +267,16 @@ def is_header(cells, second):
     return not numbers or counted and "." in second
 
 
+def separator_of(line):
+    """What stands between the cells of a table with this first line."""
+    return next((mark for mark in "\t;" if mark in line), ",")
+
+
 def open_table(path):
     """(the open text file, what stands between its cells, the cells of its header or [])."""
     file = open(path, encoding="utf-8-sig")  # noqa: SIM115, the caller closes it
     first, second = file.readline(), file.readline()
-    between = next((mark for mark in "\t;" if mark in first), ",")
+    between = separator_of(first)
     cells = first.strip("\r\n").split(between)
     header = cells if is_header(cells, second) else []
     file.seek(0)
@@ -332,8 +337,19 @@ def bad_steps(feats):
     return np.concatenate([~np.isfinite(np.array(x, np.float32)).all(1) for x in parts])
 
 
+def first_bad(feats, bad):
+    """(step, channel, value) of the first that is bad; bad: bad_steps(feats)."""
+    step = bad.argmax()
+    channel = bad_steps(feats[step][:, None]).argmax()
+    return step, channel, feats[step, channel]
+
+
 def filled(feats, bad):
-    """Features (T, D) with the values of the step before, or else after, at the bad steps (T,)."""
+    """Features (T, D) with the values of the step before, or else after, at the bad steps (T,).
+
+    Without a bad step, or a good one, they stay as they are."""
+    if bad.all() or not bad.any():
+        return feats
     good = np.nonzero(~bad)[0]
     before = np.searchsorted(good, np.arange(len(bad)), side="right") - 1
     return np.asarray(feats)[good[before.clip(0)]]
@@ -376,8 +392,7 @@ def read_features(source, how, name, shape=None):
     if shape and feats.shape != shape:
         raise BadInput(f"{where} was replaced: its shape is {feats.shape}, no longer {shape}")
     if how.fill:
-        bad = bad_steps(feats)
-        feats = filled(feats, bad) if bad.any() and not bad.all() else feats
+        feats = filled(feats, bad_steps(feats))
     return feats
 
 
@@ -399,15 +414,12 @@ def sum_features(source, how, name):
     feats = read_features(source, replace(how, fill=False), name)
     bad = bad_steps(feats)
     if bad.all() or bad.any() and not how.fill:
-        step = bad.argmax()
-        channel = bad_steps(feats[step][:, None]).argmax()
-        value = feats[step, channel]
+        step, channel, value = first_bad(feats, bad)
         beyond = ", which float32 cannot hold," if np.isfinite(value) else ""
         raise BadInput(f"{place_of(source, name)} holds {value}{beyond} at step {step}, channel "
                        f"{channel}; {bad.sum()} of its {len(bad)} steps hold such (--fill-gaps "
                        "gives them the values of the step before)")
-    if bad.any():
-        feats = filled(feats, bad)
+    feats = filled(feats, bad)
     steps = len(feats)
     origin = np.array(feats[0], dtype=np.float64)  # far from 0 squares would swallow the variance
     total = square = 0

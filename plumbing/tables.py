@@ -16,7 +16,7 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 from plumbing import forms
-from plumbing.files import VIDEOS, read_text
+from plumbing.files import VIDEOS, read_text, separator_of
 from plumbing.words import BadInput, refuse, several, short, shown
 
 ENDINGS = (".csv", ".tsv", ".txt")  # of files in other forms than JSON
@@ -56,7 +56,7 @@ def read_cells(path):
     while head < len(lines) and (not lines[head].strip() or lines[head].startswith(("#", '"#'))):
         head += 1
     first = "".join(lines[head:head + 1])
-    between = next((mark for mark in "\t;" if mark in first), ",")
+    between = separator_of(first)
     text = io.StringIO("".join(lines[head:]), newline="")
     reader = csv.reader(text, delimiter=between, strict=True)
     rows = []
