@@ -142,22 +142,22 @@ def info_nce(z, labels, tau):
 
     e(i, j) = exp(z_i.z_j / tau), P_i shares i's label (without i), N_i does not. Anchors without a
     positive or a negative are skipped; with none left the loss is 0.
-    z       (n, C), normalised here
-    labels  (n,); a step of label -1 is left out
-    ->      scalar"""
+    z       (..., n, C), normalised here
+    labels  (..., n); a step of label -1 is left out
+    ->      (...)"""
+    z = F.normalize(z.float(), dim=-1)
+    sim = z @ z.mT / tau  # (..., n, n)
     known = labels >= 0
-    z, labels = F.normalize(z[known].float(), dim=-1), labels[known]
-    sim = z @ z.T / tau
-    N = labels[:, None] != labels
-    P = ~N & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-    anchors = P.any(1) & N.any(1)
-    if not anchors.any():
-        return z.sum() * 0  # 0, of which backward() gives gradients of 0
-    sim, P, N = sim[anchors], P[anchors], N[anchors]
-    log_negatives = sim.masked_fill(~N, -torch.inf).logsumexp(1, keepdim=True)
+    known = known[..., None] & known[..., None, :]
+    same = labels[..., None] == labels[..., None, :]
+    itself = torch.eye(z.shape[-2], dtype=torch.bool, device=z.device)
+    P = known & same & ~itself
+    N = known & ~same
+    anchors = P.any(-1) & N.any(-1)
+    log_negatives = sim.masked_fill(~N, -torch.inf).logsumexp(-1, keepdim=True)
     log_ratio = sim - torch.logaddexp(sim, log_negatives)
-    L_i = -(log_ratio * P).sum(1) / P.sum(1)
-    return L_i.mean()
+    L_i = -(log_ratio * P).sum(-1) / P.sum(-1).clamp(min=1)
+    return (L_i * anchors).sum(-1) / anchors.sum(-1).clamp(min=1)
 
 
 def acp_loss(pyramid, feats, instances, num_classes, s, generator):
@@ -185,7 +185,7 @@ def acp_loss(pyramid, feats, instances, num_classes, s, generator):
     # 4) The contrasts.
     L_coarse = L_fine = 0
     if "coarse" in s.acp:
-        L_coarse = sum(info_nce(z_b, c_b, s.acp_tau) for z_b, c_b in zip(z, coarse)) / len(z)
+        L_coarse = info_nce(z, coarse, s.acp_tau).mean()
     if "fine" in s.acp:
         L_fine = info_nce(z.flatten(0, 1), fine.flatten(), s.acp_tau)
     L_acp = L_coarse + L_fine

@@ -6,8 +6,6 @@ Output  for each detection its mean similarity to the labelled instances of its 
         candidates (MPP).
 Detection on test videos does not use the discriminator.
 """
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,6 +18,28 @@ REFINEMENTS = ("none", "eap", "mpp", "eap+mpp")
 SCORES = ("absolute", "relative")  # Eq. (10), or own_minus_other()
 
 
+def mean_of_steps(feats, first, count):
+    """The mean of `count` rows of feats (T, D) from row `first` on: two (N,) -> (N, D)."""
+    begins = count.cumsum(0) - count  # where all segments stand one behind the other
+    segment = torch.repeat_interleave(count)  # 0, 0 .. 1, 1
+    steps = torch.arange(len(segment), device=feats.device) + (first - begins)[segment]
+    return F.embedding_bag(steps, feats, begins, mode="mean")
+
+
+def max_of_steps(feats, first, count):
+    """The maximum of `count` rows of feats (T, D) from row `first` on: two (N,) -> (N, D).
+
+    Two blocks of 2^k rows cover a segment; all blocks of a size come from those of half of it."""
+    pooled = feats[first]
+    blocks, size = feats, 1  # blocks[t] is the maximum of the rows t .. t + size - 1
+    while size <= len(feats):
+        i = ((count >= size) & (count < 2 * size)).nonzero()[:, 0]
+        last = first[i] + count[i] - size
+        pooled[i] = torch.maximum(blocks[first[i]], blocks[last])
+        blocks, size = torch.maximum(blocks[:-size], blocks[size:]), 2 * size
+    return pooled
+
+
 def pool_instances(feats, segments, pool):
     """Input features of segments, pooled over the steps inside each.
 
@@ -28,16 +48,14 @@ def pool_instances(feats, segments, pool):
     segments  (N, 2) in grid steps of feats
     pool      "max" (the paper's) or "mean" (better where standardised features have signs)
     ->        (N, D)"""
-    pooled = feats.new_zeros(len(segments), feats.shape[1])
-    for i, (start, end) in enumerate(segments.tolist()):
-        first = max(math.ceil(start), 0)
-        last = min(math.floor(end), len(feats) - 1)
-        if first > last:
-            middle = round((start + end) / 2)
-            first = last = min(max(middle, 0), len(feats) - 1)
-        inside = feats[first:last + 1]
-        pooled[i] = inside.amax(0) if pool == "max" else inside.mean(0)
-    return pooled
+    start, end = segments.double().to(feats.device).unbind(1)
+    final = len(feats) - 1
+    first = start.ceil().clamp(min=0)
+    count = end.floor().clamp(max=final) - first + 1
+    nearest = ((start + end) / 2).round().clamp(0, final)
+    first = torch.where(count > 0, first, nearest).long()
+    pool_steps = max_of_steps if pool == "max" else mean_of_steps
+    return pool_steps(feats, first, count.clamp(min=1).long())
 
 
 def features_of(feats, segments, pool, score):
@@ -71,13 +89,15 @@ def bank_of(videos, pool, score):
 
 
 def draw(members, number, generator):
-    """`number` of the rows where `members` (N,) is True, with replacement where there are fewer.
+    """`number` of the columns where a row of `members` (n, N) is True, drawn for each row.
 
-    -> their indices; empty where there is none"""
-    j = members.nonzero()[:, 0]
-    if 0 < len(j) < number:
-        j = j[torch.randint(len(j), (number,), generator=generator)]
-    return j[torch.randperm(len(j), generator=generator)[:number]]
+    Where there are fewer each comes again and again.
+    -> (n, number), -1 in a row without any"""
+    order = torch.rand(members.shape, generator=generator)
+    order = order.masked_fill(~members, torch.inf).argsort(1)  # a row's members come first
+    count = members.sum(1, keepdim=True)
+    again = torch.arange(number) % count.clamp(min=1)  # (n, number)
+    return order.gather(1, again).masked_fill(count == 0, -1)
 
 
 def sample_sets(bank, i, number, generator):
@@ -85,9 +105,10 @@ def sample_sets(bank, i, number, generator):
 
     Both are drawn from all labelled instances. An instance with the same boundaries in the same
     video is in neither set.
-    -> two index tensors, `number` long or empty"""
-    same_class = bank["labels"] == bank["labels"][i]
-    other_segment = bank["keys"] != bank["keys"][i]
+    i    (n,) indices of instances
+    ->   two (n, number) of indices j, rows of -1 for an empty set"""
+    same_class = bank["labels"][i, None] == bank["labels"]
+    other_segment = bank["keys"][i, None] != bank["keys"]
     F_pos = draw(same_class & other_segment, number, generator)
     F_neg = draw(~same_class & other_segment, number, generator)
     return F_pos, F_neg
@@ -120,7 +141,7 @@ class Discriminator(nn.Module):
 
     def logit(self, W_a_a, W_b_b):
         """The logit of D of products that are broadcast, (..., hidden) -> (...)."""
-        hidden = self.dropout(F.relu(W_a_a + W_b_b))
+        hidden = self.dropout(F.relu(W_a_a + W_b_b, inplace=True))
         return self.W_2(hidden)[..., 0]
 
     def forward(self, a, b):
@@ -128,7 +149,7 @@ class Discriminator(nn.Module):
 
     def mean(self, W_a_a, W_b_b):
         """mean_j D(a_i, b_j) of W_a a (N, hidden) and W_b b (M, hidden) -> (N,); NaN if M is 0."""
-        parts = W_a_a.split(64)  # not all N * M pairs at once; of none: one empty part
+        parts = W_a_a.split(16)  # few of the N * M pairs at once, which stay in a CPU's cache
         return torch.cat([self.logit(x[:, None], W_b_b).sigmoid().mean(1) for x in parts])
 
 
@@ -138,13 +159,13 @@ def second_of(D, bank):
     return bank["W_b_f"] if "W_b_f" in bank else D.second(bank["feats"])
 
 
-def pair_loss(D, f, pairs, target):
-    """E BCE(D(f_i, f_j), target) over pairs [(i, j)] -> scalar; 0 without a pair."""
-    i, j = torch.tensor(pairs).long().reshape(-1, 2).T
-    logit = D(f[i], f[j])
+def pair_loss(D, f, i, j, target):
+    """E BCE(D(f_i, f_j), target) over i (n,) and j (n, number) -> scalar; j = -1 is no pair."""
+    i, j = i[(j >= 0).all(1)], j[(j >= 0).all(1)]
+    logit = D.logit(D.first(f[i])[:, None], D.second(f[j]))  # (n, number)
     targets = torch.full_like(logit, target)
     BCE = F.binary_cross_entropy_with_logits(logit, targets, reduction="sum")
-    return BCE / max(len(pairs), 1)
+    return BCE / max(logit.numel(), 1)
 
 
 def icd_loss(D, bank, batch, number, generator):
@@ -154,13 +175,9 @@ def icd_loss(D, bank, batch, number, generator):
     number  of instances j of either kind that Eq. (7) draws for each
     ->      scalar"""
     f = bank["feats"]
-    positives = []
-    negatives = []
-    for i in batch:
-        F_pos, F_neg = sample_sets(bank, i, number, generator)
-        positives += [(i, j) for j in F_pos.tolist()]
-        negatives += [(i, j) for j in F_neg.tolist()]
-    L_icd = pair_loss(D, f, positives, 1.0) + pair_loss(D, f, negatives, 0.0)
+    i = torch.tensor(batch, dtype=torch.long)
+    F_pos, F_neg = sample_sets(bank, i, number, generator)
+    L_icd = pair_loss(D, f, i, F_pos, 1.0) + pair_loss(D, f, i, F_neg, 0.0)
     return L_icd
 
 

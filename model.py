@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from plumbing import settings
-from plumbing.processes import draws_of_batch, in_autocast, length_unit
+from plumbing.processes import draws_of_batch, length_unit
 from plumbing.settings import Blocks, Finite, Flag, OneOf, ShareBelow1, Text, Width
 from plumbing.words import BadInput
 
@@ -110,9 +110,21 @@ def steps_inside(segments, steps):
 
 # ---- Layers -------------------------------------------------------------------------------------
 
+def later(x):
+    """The steps of x (B, T, C) one step later; the first is 0."""
+    return F.pad(x, (0, 0, 1, -1))
+
+
+def earlier(x):
+    """The steps of x (B, T, C) one step earlier; the last is 0."""
+    return F.pad(x, (0, 0, -1, 1))
+
+
 class Conv(nn.Module):
     """Masked convolution, k = 3, stride 1.
 
+    A step sees the one before it only if that is valid: then sequences, each of which ends in
+    padding, may stand one behind the other.
     x     (B, T, in), mask (B, T)
     ->    (B, T, out), 0 where the mask is False"""
 
@@ -123,20 +135,14 @@ class Conv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim_out)) if bias else None
 
     def forward(self, x, mask):
-        B, T = mask.shape
-        x = in_autocast(x)  # which does not look into addmm_
-        before, now, after = self.weight.to(x.dtype).transpose(1, 2)  # 3 x (in, out)
-        # All videos as one sequence, a step of zeros on both sides of each. Each product adds to
-        # the last, without a copy of x: torch's own convolution takes a fifth longer at D = 2048.
-        rows = F.pad(x, (0, 0, 1, 1)).flatten(0, 1)  # (B * (T + 2), in)
-        y = rows[:-2] @ before
-        y.addmm_(rows[1:-1], now).addmm_(rows[2:], after)
-        width = y.shape[1]
-        # Step t of video b is row b * (T + 2) + t of y; between two videos lie two rows of neither.
-        y = y.as_strided((B, T, width), ((T + 2) * width, width, 1))
+        valid = mask[..., None]
+        # One product gives what each step adds to the one after it, to itself, to the one before.
+        y = F.linear(x, self.weight.flatten(0, 1))  # (B, T, 3 * out)
+        after, here, before = y.chunk(3, -1)
+        y = here + later(after * valid) + earlier(before)
         if self.bias is not None:
             y = y + self.bias
-        return y * mask[..., None]
+        return y * valid
 
 
 class Trunk(nn.Module):
@@ -160,16 +166,16 @@ def shifted(x, stride=1):
     """The steps t-1, t and t+1 of x for every stride-th t; outside the sequence lies 0.
 
     x     (B, T, C)
-    ->    3 x (B, T / stride, C)"""
+    ->    (3, B, T / stride, C)"""
     T = x.shape[1]
     padded = F.pad(x, (0, 0, 1, 1))
-    return [padded[:, i:i + T:stride] for i in range(3)]
+    return torch.stack([padded[:, i:i + T:stride] for i in range(3)])
 
 
 class DepthwiseConv(nn.Module):
     """Depth-wise convolution, k = 3, of the shifted copies of an input.
 
-    taps  3 x (B, T, C), as shifted() gives them
+    taps  (3, B, T, C), as shifted() gives them
     ->    (B, T, C)"""
 
     def __init__(self, dim):
@@ -178,9 +184,8 @@ class DepthwiseConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(3, dim).uniform_(-bound, bound))
 
     def forward(self, taps):
-        before, now, after = taps
-        w = self.weight.to(now.dtype)
-        return (now * w[1]).addcmul_(before, w[0]).addcmul_(after, w[2])
+        weight = self.weight.to(taps.dtype)[:, None, None]
+        return (taps * weight).sum(0)
 
 
 class DropPath(nn.Module):
@@ -198,7 +203,7 @@ class DropPath(nn.Module):
         if self.training and self.rate > 0:
             kept = draws_of_batch((len(x), 1, 1), x.device) >= self.rate
             scale = scale * kept / (1 - self.rate)
-        return torch.addcmul(skip, x, scale)
+        return skip + scale * x
 
 
 def local_attention(q, k, v, mask, heads, half):
@@ -258,15 +263,6 @@ class Attention(nn.Module):
         return self.proj(local_attention(q, k, v, mask, self.heads, self.half))
 
 
-def max_pool(x):
-    """Max pooling, k = 3, stride 2: x (B, T, C) -> (B, T / 2, C).
-
-    Nothing lies before the first step; after the last valid step lies padding, 0."""
-    before, now, after = shifted(x, 2)
-    before = torch.cat([now[:, :1], before[:, 1:]], 1)
-    return torch.maximum(torch.maximum(before, now), after)
-
-
 class Block(nn.Module):
     """Pre-LN transformer block; stride 2 halves T, the skip path by max pooling.
 
@@ -285,11 +281,10 @@ class Block(nn.Module):
 
     def forward(self, x, mask):
         mask = mask[:, ::self.stride]
-        valid = mask[..., None]
-        skip = max_pool(x) if self.stride > 1 else x
-        x = self.drop1(skip, self.attn(self.norm1(x), mask)).mul_(valid)
-        x = self.drop2(x, self.mlp(self.norm2(x))).mul_(valid)
-        return x, mask
+        skip = F.max_pool1d(x.mT, 3, 2, 1).mT if self.stride > 1 else x
+        x = self.drop1(skip, self.attn(self.norm1(x), mask))
+        x = self.drop2(x, self.mlp(self.norm2(x)))
+        return x * mask[..., None], mask
 
 
 def sinusoid(T, C, device):
@@ -400,6 +395,15 @@ class Outputs(NamedTuple):
         return [mask.shape[1] for mask in self.masks]
 
 
+def point_grid(T, levels):
+    """The time, in steps, and the level of each of the P points of T steps, two (P,) on the CPU.
+
+    Level l has ceil(T / 2^l) points, 2^l steps apart."""
+    times = [torch.arange(0, T, 2 ** level) for level in range(levels)]
+    level = torch.repeat_interleave(torch.tensor([len(time) for time in times]))  # 0, 0 .. 1
+    return torch.cat(times), level
+
+
 class Detector(nn.Module):
     """ActionFormer with quality branches, as DetectorSettings `s` describe it."""
 
@@ -425,11 +429,9 @@ class Detector(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def points(self, T):
-        """The Points of a sequence of T steps; level l has ceil(T / 2^l), 2^l steps apart."""
-        times = [torch.arange(0.0, T, 2 ** level) for level in range(len(self.ranges))]
-        level = torch.repeat_interleave(torch.tensor([len(time) for time in times]))  # 0, 0 .. 1
-        time, level = torch.cat(times).to(self.ranges.device), level.to(self.ranges.device)
-        return Points(time, 2.0 ** level, *self.ranges[level].T)
+        """The Points of a sequence of T steps."""
+        time, level = (x.to(self.ranges.device) for x in point_grid(T, len(self.ranges)))
+        return Points(time.float(), 2.0 ** level, *self.ranges[level].T)
 
     def padded(self, T):
         """The steps computed for T: the next multiple of the largest stride, plus one.
@@ -449,26 +451,30 @@ class Detector(nn.Module):
         return self.backbone(feats, mask)
 
     def heads(self, x, mask, scale):
-        """The predictions of one level: cls_logits, offsets, p_tiou, p_tnd.
+        """The predictions at points: cls_logits, offsets, p_tiou, p_tnd.
 
-        x (B, T_l, C), mask (B, T_l), scale () of the level's offsets."""
+        x (B, P, C), mask (B, P), scale (P, 1) of the offsets."""
         cls_logits = self.cls_out(self.cls_trunk(x, mask), mask).float()
         h = self.reg_trunk(x, mask)
         offsets = F.relu(self.reg_out(h, mask).float() * scale)
         return cls_logits, offsets, *self.quality(h, mask)
 
     def forward(self, feats, mask):
-        """feats (B, T, D), mask (B, T), any T >= 1 -> Outputs. Padding changes no valid output."""
+        """feats (B, T, D), mask (B, T), any T >= 1 -> Outputs. Padding changes no valid output.
+
+        In the heads, which run once, the levels stand one behind the other. Each ends in padding,
+        so that none sees the one before it (Conv)."""
         T = feats.shape[1]
-        parts = []
-        for level, (x, m) in enumerate(zip(*self.pyramid(feats, mask))):
-            n = math.ceil(T / 2 ** level)  # without the padding that pyramid() adds
-            predicted = self.heads(x, m, self.scales[level])
-            parts.append([part[:, :n] for part in (*predicted, m, x)])
-        *predicted, masks, levels = zip(*parts)
-        cls_logits, offsets, p_tiou, p_tnd = (torch.cat(part, 1) for part in predicted)
-        return Outputs(
-            cls_logits, offsets, p_tiou, p_tnd, torch.cat(masks, 1), self.points(T), levels, masks)
+        levels, masks = self.pyramid(feats, mask)
+        time, level = point_grid(masks[0].shape[1], len(levels))
+        scale = self.scales[level.to(feats.device)][:, None]
+        predicted = self.heads(torch.cat(levels, 1), torch.cat(masks, 1), scale)
+        # Without the padding that pyramid() adds.
+        kept = (time < T).nonzero()[:, 0].to(feats.device)
+        predicted = [x.index_select(1, kept) for x in predicted]
+        levels, masks = ([x[:, :math.ceil(T / 2 ** level)] for level, x in enumerate(part)]
+                         for part in (levels, masks))
+        return Outputs(*predicted, torch.cat(masks, 1), self.points(T), levels, masks)
 
 
 def forward(network, batch, s):
@@ -509,7 +515,7 @@ def assign_targets(points, segments, labels, num_classes, radius):
     length = torch.where(positive, end - start, math.inf)
     shortest, winner = length.min(-1)  # (B, P)
     chosen = positive & (length <= shortest[..., None] + 1e-3)
-    onehot = F.one_hot(labels.long(), num_classes).float()
+    onehot = torch.eye(num_classes, device=labels.device)[labels.long()]
     cls_target = (chosen.float() @ onehot).clamp(max=1)
     offset_target = torch.take_along_dim(offsets, winner[..., None, None], 2)[:, :, 0] / stride
     return cls_target, offset_target * cls_target.any(-1, keepdim=True)

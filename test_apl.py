@@ -185,12 +185,16 @@ def discriminator(W_1, W_2, bias):
 def test_the_sets_of_eq_7_hold_the_class_and_never_the_same_segment():
     b = bank([0, 0, 0, 1, 1, 2], keys=[0, 1, 2, 0, 3, 4])  # 3 is 0 under another class
     for seed in range(20):
-        F_pos, F_neg = icd.sample_sets(b, 0, 10, generator(seed))
-        assert len(F_pos) == len(F_neg) == 10  # with replacement, there being fewer
-        assert set(F_pos.tolist()) <= {1, 2} and set(F_neg.tolist()) <= {4, 5}
-    F_pos, F_neg = icd.sample_sets(bank([0] * 30 + [1] * 30), 0, 10, generator())
-    assert len(F_pos.unique()) == len(F_neg.unique()) == 10  # without, there being enough
-    assert [len(F) for F in icd.sample_sets(bank([0]), 0, 10, generator())] == [0, 0]
+        F_pos, F_neg = icd.sample_sets(b, tensor([0, 5]), 10, generator(seed))
+        assert F_pos.shape == F_neg.shape == (2, 10)
+        assert F_pos[0].bincount().tolist() == [0, 5, 5]  # each again, there being fewer
+        assert F_neg[0].bincount().tolist() == [0, 0, 0, 0, 5, 5]
+        assert set(F_pos[1].tolist()) == {-1}  # the only one of its class
+        assert set(F_neg[1].tolist()) == set(range(5))
+    F_pos, F_neg = icd.sample_sets(bank([0] * 30 + [1] * 30), tensor([0]), 10, generator())
+    assert len(F_pos.unique()) == len(F_neg.unique()) == 10  # each once, there being enough
+    F_pos, F_neg = icd.sample_sets(bank([0]), tensor([0]), 10, generator())
+    assert set(F_pos.flatten().tolist()) == set(F_neg.flatten().tolist()) == {-1}
 
 
 def test_eq_8_against_a_loop_and_that_it_learns_and_survives_a_single_instance():
@@ -253,12 +257,26 @@ def test_eap_drops_and_mpp_mines():
     assert compared["positive"].tolist() == [True] * 3 + [False] * 3
 
 
+def random_segments(n):
+    """n segments (n, 2) that begin between 0 and 40, many of which overlap."""
+    start = 40 * torch.rand(n)
+    return torch.stack([start, start + 0.5 + 20 * torch.rand(n)], 1)
+
+
 def test_the_bank_pools_steps_inside_or_the_nearest_and_has_one_key_a_segment():
     feats = torch.arange(10.0)[:, None]
     segments = tensor([[1.5, 4.0], [2.2, 2.7], [-3.0, -1.0], [8.5, 30.0]])
     assert icd.pool_instances(feats, segments, "max")[:, 0].tolist() == [4, 2, 0, 9]
     assert icd.pool_instances(feats, segments, "mean")[:, 0].tolist() == [3, 2, 0, 9]
     assert icd.pool_instances(feats, segments[:0], "max").shape == (0, 1)
+    feats, segments = torch.randn(50, 3), random_segments(40)
+    for pool, of_rows in (("max", torch.amax), ("mean", torch.mean)):
+        by_hand = [of_rows(feats[math.ceil(start):math.floor(end) + 1], 0)
+                   for start, end in segments.tolist() if math.ceil(start) <= math.floor(end) < 50]
+        assert len(by_hand) > 20
+        inside = segments[:, 0].ceil() <= segments[:, 1].floor()
+        pooled = icd.pool_instances(feats, segments[inside & (segments[:, 1] < 50)], pool)
+        assert allclose(pooled, torch.stack(by_hand), atol=1e-6)
     twice = {"segments": tensor([[1.0, 3.0], [1.0, 3.0], [4.0, 6.0]]), "labels": tensor([0, 1, 0])}
     videos = ({"id": name, "feats": torch.randn(9, 4)} | twice for name in "ab")
     b = icd.bank_of(videos, "max", "absolute")
@@ -283,7 +301,9 @@ def test_eq_11_against_a_loop():
         assert float(acp.info_nce(x, alone, tau)) == 0
     unknown = torch.where(labels == 1, -1, labels)  # leaves the contrast
     known = acp.info_nce(z[labels != 1], labels[labels != 1], tau)
-    assert torch.equal(acp.info_nce(z, unknown, tau), known)
+    assert allclose(acp.info_nce(z, unknown, tau), known)
+    both = acp.info_nce(torch.stack([z, z]), torch.stack([labels, unknown]), tau)
+    assert allclose(both, torch.stack([acp.info_nce(z, labels, tau), known]))  # a batch
 
 
 @pytest.mark.parametrize("kinds", ["coarse", "fine", "coarse+fine"])
@@ -370,6 +390,9 @@ def test_convolutions_match_torch_and_local_attention_a_dense_one_with_a_band():
     of_both = [gradients((y * wanted).sum(), x, conv.weight, conv.bias) for y in both]
     for mine, theirs in zip(*of_both):
         assert allclose(mine, theirs, atol=1e-5)
+    # Sequences one behind the other, of which the first ends in padding.
+    behind = conv(x.flatten(0, 1)[None], torch.cat([mask[1:], mask[1:]], 1))
+    assert allclose(behind.view(2, 11, 5), conv(x, mask[1:]), atol=1e-6)
     conv = model.DepthwiseConv(4)
     for stride in (1, 2):
         theirs = F.conv1d(x.transpose(1, 2), conv.weight.T[:, None], None, stride, 1, groups=4)
@@ -416,12 +439,6 @@ def targets_by_hand(points, segments, labels):
                 start, end = segments[shortest].tolist()
                 off[p] = tensor([t - start, end - t]) / stride
     return cls, off
-
-
-def random_segments(n):
-    """n segments (n, 2) that begin between 0 and 40, many of which overlap."""
-    start = 40 * torch.rand(n)
-    return torch.stack([start, start + 0.5 + 20 * torch.rand(n)], 1)
 
 
 def test_target_assignment_against_a_loop_with_a_twice_labelled_segment():

@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import acp
 import alqa
@@ -234,8 +235,6 @@ def batch_losses(run, batch, instances, kind):
     if s.mixup and kind == "labelled":
         batch, lam = data.mixed(batch, s.mixup)
     outputs = evaluate.forward(run.detector, batch, s)
-    total = sum(x.detach().sum() for x in outputs.predictions())
-    journal.check_finite(run, "output", total, batch["id"])
     instances = [{key: value.to(s.device) for key, value in r.items()} for r in instances]
     losses = s.losses(outputs, instances, K)
     if lam < 1:  # MixUp, Table 1
@@ -276,6 +275,11 @@ class Run:
     trust: dict = None  # how far to trust a list of new actions, at the run's end
     pace: runs.Pace = None  # of the stage
     steps: list = None  # the losses of the epoch's steps, a dict each
+
+    def __post_init__(self):
+        # Listed once: to walk through the modules takes a twentieth of a small detector's step.
+        self.weights = list(self.detector.parameters())
+        self.averages = list(self.ema.parameters())
 
     def parts(self):
         """What has a state of its own: by its key in a checkpoint."""
@@ -318,7 +322,7 @@ def begin(s, dataset):
     bank["feats"] = bank["feats"].to(s.device)
     return Run(
         s, dataset, detector, copy.deepcopy(detector).requires_grad_(False), discriminator,
-        torch.optim.Adam(discriminator.parameters(), lr=s.icd_lr), bank,
+        torch.optim.Adam(discriminator.parameters(), lr=s.icd_lr, fused=True), bank,
         t_plus=dict.fromkeys(("labelled", "unlabelled"), torch.tensor(s.t_plus, device=s.device)),
         plan=plan_of(s, dataset),
         at=runs.Progress("pretrain" if s.acp != "none" else "supervised"),
@@ -337,12 +341,10 @@ def learning_rate(s, step, total):
     return s.lr * min(linear, cosine)
 
 
-@torch.no_grad()
 def average_weights(run):
     """Move the averaged weights towards the detector's, fast at first."""
     decay = min(run.s.ema, (1 + run.at.ema_step) / (10 + run.at.ema_step))
-    for average, value in zip(run.ema.parameters(), run.detector.parameters()):
-        average.lerp_(value, 1 - decay)
+    get_ema_multi_avg_fn(decay)(run.averages, run.weights, None)
 
 
 def advance(run, loss, parts, ids):
@@ -351,14 +353,15 @@ def advance(run, loss, parts, ids):
     parts  what the log shows of the loss
     ids    of the step's videos"""
     s, at = run.s, run.at
-    journal.check_finite(run, "loss", loss.item(), ids)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(s, at.step, run.pace.total)
     run.optimizer.zero_grad()
     loss.backward()
     processes.sum_gradients(run.detector)
-    norm = torch.nn.utils.clip_grad_norm_(run.detector.parameters(), s.clip)
-    journal.check_finite(run, "gradient", norm.item(), ids)
+    norm = torch.nn.utils.clip_grad_norm_(run.weights, s.clip)
+    # One look at numbers that a GPU may still be computing.
+    for what, value in zip(("loss", "gradient"), torch.stack([loss.detach(), norm]).tolist()):
+        journal.check_finite(run, what, value, ids)
     run.optimizer.step()
     average_weights(run)
     at.count_step()

@@ -4,6 +4,7 @@
     python -m extras.bench step nms --precision float32 --json bench.json
     python -m extras.bench epoch detection --lengths i3d_feature_lengths.json
     python -m extras.bench map --detections detections.npz --gt thumos14.json
+    python -m extras.bench ops                  how many operations a step starts, by part
 
 Times are medians of --repeat runs; whole epochs and detections run once. "share" is the rate of
 the part's matrix products, counted by torch (on CPUs without those within attention), over the
@@ -19,11 +20,13 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import acp
@@ -218,21 +221,41 @@ def whole_videos(videos, run):
 
 # ---- Steps and the forward pass -----------------------------------------------------------------
 
+def stage_2(run):
+    """A step of stage 2 on two videos as a function: losses, ICD, backward, AdamW, averages."""
+    run.plan["supervised"] = (1, 10 ** 6, 1)  # an epoch that never ends
+    train.begin_stage(run, "supervised")
+    rng = train.begin_epoch(run)
+    batch = next(data.training_batches(run.data.labelled, run.data, run.s, 1, rng))
+
+    def one_step():
+        sup = train.batch_losses(run, batch, data.ground_truth(batch), "labelled")
+        train.train_icd(run, batch)
+        train.advance(run, train.objective(sup, None, run.s), {}, batch["ids"])
+
+    return one_step
+
+
+def stage_3(run):
+    """A step of stage 3 as a function; the pseudo labels are the labelled videos' own."""
+    stage_2(run)
+    rng = np.random.default_rng(0)
+    batch = next(data.training_batches(run.data.labelled, run.data, run.s, 1, rng))
+
+    def one_step():
+        truth = data.ground_truth(batch)
+        sup = train.batch_losses(run, batch, truth, "labelled")
+        unsup = train.batch_losses(run, batch, truth, "unlabelled")
+        train.advance(run, train.objective(sup, unsup, run.s), {}, batch["ids"])
+
+    return one_step
+
+
 def step_row(device, precision, T, repeat):
     """A training step at THUMOS14 size: forward, losses, backward, ICD, AdamW, averaged weights."""
     with tempfile.TemporaryDirectory() as out:
         run = new_run(random_dataset([T, T]), device, precision, out, "--crop-min", "1")
-        run.plan["supervised"] = (1, 10 ** 6, 1)  # an epoch that never ends
-        train.begin_stage(run, "supervised")
-        rng = train.begin_epoch(run)
-        batch = next(data.training_batches(run.data.labelled, run.data, run.s, 1, rng))
-
-        def one_step():
-            sup = train.batch_losses(run, batch, data.ground_truth(batch), "labelled")
-            train.train_icd(run, batch)
-            train.advance(run, train.objective(sup, None, run.s), {}, batch["ids"])
-
-        found = against_product(one_step, device, precision, repeat)
+        found = against_product(stage_2(run), device, precision, repeat)
     return {"part": "step", "size": f"2 x {T}, {precision}"} | found
 
 
@@ -269,6 +292,70 @@ def step(args):
         yield in_child(step_row, args.device, precision, 2304, args.repeat)
         yield in_child(step_row, args.device, precision, 1024, args.repeat)
         yield in_child(forward_row, args.device, precision, 2304, args.repeat)
+
+
+# ---- How many operations a step starts ----------------------------------------------------------
+
+# (all, more than a view) of a step at 9f6f4d6, where the heads ran level by level.
+OPERATIONS_BEFORE = {"plain": (5873, 3491), "stage 2": (7220, 4366), "joint": (12763, 7732)}
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that torch starts within it, by the part of a step.
+
+    An operation belongs to the innermost of these functions that it is called in; those of the
+    backward pass, which a GPU runs in a thread of its own, to none."""
+
+    def __init__(self):
+        super().__init__()
+        self.part_of = {
+            model.forward.__code__: "forward",
+            train.batch_losses.__code__: "losses",
+            train.train_icd.__code__: "ICD",
+            acp.acp_loss.__code__: "ACP",
+            train.average_weights.__code__: "averages",
+        }
+        self.all = Counter()
+        self.no_views = Counter()
+
+    def part(self):
+        """The part of the step that is running."""
+        frame = sys._getframe(2)
+        while frame:
+            if frame.f_code in self.part_of:
+                return self.part_of[frame.f_code]
+            frame = frame.f_back
+        return "backward and AdamW"
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        part = self.part()
+        self.all[part] += 1
+        self.no_views[part] += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def operations_row(device, name):
+    """The operations of a step of two videos with 64 channels, by part."""
+    options = ["--alqa", "none", "--acp", "none"] if name == "plain" else []
+    with tempfile.TemporaryDirectory() as out:
+        run = new_run(random_dataset([256, 256]), device, "float32", out,
+                      "--channels", "64", "--crop-min", "1", *options)
+        one_step = stage_3(run) if name == "joint" else stage_2(run)
+        one_step()
+        with Operations() as counted:
+            one_step()
+    whole, no_views = OPERATIONS_BEFORE[name]
+    row = {"part": "ops", "size": name, "operations": counted.all.total(),
+           "no_views": counted.no_views.total(), "before": whole, "no_views_before": no_views}
+    for part in counted.all:
+        row[part] = counted.no_views[part]
+    return row
+
+
+def operations(args):
+    """Operations of a step: plain ActionFormer, APL's stage 2 and stage 3."""
+    for name in OPERATIONS_BEFORE:
+        yield in_child(operations_row, args.device, name)
 
 
 # ---- Whole epochs and detections ----------------------------------------------------------------
@@ -613,6 +700,7 @@ def bmn_step(args):
 # Each yields rows {"part", "size", what: number}.
 PARTS = {
     "step": step,
+    "ops": operations,
     "epoch": epoch,
     "detection": detection,
     "long": long,
@@ -636,6 +724,8 @@ def show(row):
     """Print a row as a line."""
     words = []
     for key, value in row.items():
+        if isinstance(value, int):
+            words.append(f"{key} {value}")
         if isinstance(value, float):
             unit, factor = UNITS.get(key, ("", 1))
             words.append(f"{key} {value * factor:.4g} {unit}".rstrip())
