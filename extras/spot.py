@@ -33,7 +33,7 @@ from acp import ACP, rows_at, step_classes
 from extras.bmn import windows_of
 from model import sinusoid, steps_inside
 from plumbing.processes import draws_of_batch, process_count, sum_of_all
-from plumbing.settings import OneOf, Share, Width
+from plumbing.settings import Blocks, OneOf, Share, Width
 from plumbing.words import BadInput
 
 HEADS = 4  # of the attention, each as wide as the input [P]
@@ -64,14 +64,35 @@ def runs(over):
     return first, last
 
 
-def mean_of_runs(sums, first, last):
-    """The mean over each run of numbers of which the sums of the first 0, 1, ... W steps are given.
+def smoothed(x, reach):
+    """x (..., W) with each step the mean of those at most `reach` away."""
+    rows = x.reshape(1, -1, x.shape[-1])
+    means = F.avg_pool1d(rows, 2 * reach + 1, 1, reach, count_include_pad=False)
+    return means.reshape(x.shape)
 
-    sums         (..., W + 1, C)
-    first, last  (..., W)
-    ->           (..., W, C)"""
-    of_end, of_start = (torch.take_along_dim(sums, at[..., None], -2) for at in (last + 1, first))
-    return (of_end - of_start) / (last + 1 - first).clamp(min=1)[..., None]
+
+def mean_between(sums, first, end):
+    """The mean over the steps first .. end - 1 of numbers whose running sums are given.
+
+    sums        (..., W + 1, K), of the first 0, 1, ... W steps
+    first, end  (..., W)
+    ->          (..., W, K); 0 where there is no step"""
+    of_end, of_first = (torch.take_along_dim(sums, at[..., None], -2) for at in (end, first))
+    return (of_end - of_first) / (end - first).clamp(min=1)[..., None]
+
+
+def class_scores(sums, first, end, around):
+    """How much more of each class runs hold than what is around them.
+
+    around  what is before and after a run, as a share of it; 0: nothing is taken off
+    others  as mean_between() has them"""
+    inside = mean_between(sums, first, end)
+    margin = (around * (end - first)).ceil().long().clamp(min=0)
+    start, stop = (first - margin).clamp(min=0), (end + margin).clamp(max=first.shape[-1])
+    wide = mean_between(sums, start, stop) * (stop - start)[..., None]
+    length = (end - first)[..., None]
+    rest = (wide - inside * length) / ((stop - start)[..., None] - length).clamp(min=1)
+    return (inside - rest).clamp(min=0)
 
 
 class Found(NamedTuple):
@@ -81,35 +102,35 @@ class Found(NamedTuple):
     mask: torch.Tensor  # (B, P)
 
 
-def find(p, maps, first_steps, last_step):
-    """What the windows of videos hold: around each step the runs of its mask's row and of its class.
+def find(p, maps, first_steps, last_step, s):
+    """What windows hold: around each step the runs of its mask's row and of its best class.
 
-    A run's score of a class is the step's, times the mean over the run of the class and of the
-    step's row. A run that ends where a window does, within the video, is cut off and left out.
+    A run's score of a class is class_scores() times the mean over the run of the step's row. A run
+    that ends where a window does, but the video goes on, is cut off and left out.
     p            (B, n, W, K), the classes of the steps, 0 outside the video
     maps         (B, n, W, W), row i the mask of step i, 0 outside the video
     first_steps  (n,), where the windows begin
     last_step    (B,), of the videos
     ->           Found, the runs of a window together"""
-    class_sums = F.pad(p.cumsum(2), (0, 0, 1, 0))
-    map_sums = F.pad(maps.cumsum(3), (1, 0))
-    best = p.argmax(-1, keepdim=True)  # (B, n, W, 1)
-    of_class = torch.take_along_dim(p.transpose(2, 3), best, 2)  # row i: the best class of step i
     W = p.shape[2]
+    p, maps = smoothed(p.transpose(2, 3), s.smooth), smoothed(maps, s.smooth)  # p (B, n, K, W)
+    of_best = torch.take_along_dim(p, p.argmax(2)[..., None], 2)  # row i: the best class of step i
+    class_sums = F.pad(p.transpose(2, 3).cumsum(2), (0, 0, 1, 0))
+    map_sums = F.pad(maps.cumsum(3), (1, 0))
+    starts_cut = (first_steps > 0)[:, None]
+    ends_cut = (first_steps + W - 1 < last_step[:, None])[..., None]
     parts = []
-    for rows, levels in ((maps, MASK_LEVELS), (of_class, CLASS_LEVELS)):
+    for rows, levels in ((maps, MASK_LEVELS), (of_best, CLASS_LEVELS)):
         for level in levels:
             first, last = runs(rows > level)
-            ends = torch.stack([first, last + 1], -1).clamp(0, W)
-            of_ends = torch.take_along_dim(map_sums, ends, 3)
-            inside = of_ends[..., 1] - of_ends[..., 0]
-            length = (ends[..., 1] - ends[..., 0]).clamp(min=1)
-            score = p * mean_of_runs(class_sums, first, last) * (inside / length)[..., None]
+            end = last + 1
+            ends = torch.take_along_dim(map_sums, torch.stack([first, end], -1), 3)
+            of_row = ends.diff() / (end - first).clamp(min=1)[..., None]  # (B, n, W, 1)
+            score = class_scores(class_sums, first, end, s.around) * of_row
             segments = torch.stack([first - 0.5, last + 0.5], -1) + first_steps[:, None, None]
-            cut_start = (first == 0) & (first_steps > 0)[:, None]
-            cut_end = (last == W - 1) & (first_steps + W - 1 < last_step[:, None])[..., None]
-            parts.append((segments, score, (last >= first) & ~cut_start & ~cut_end))
-    # (B, n, levels, W, ...) -> (B, P, ...)
+            cut = (first == 0) & starts_cut | (end == W) & ends_cut
+            parts.append((segments, score, (first < end) & ~cut))
+    # Each (B, n, levels, W, ...) -> (B, P, ...).
     return Found(*(torch.stack(part, 2).flatten(1, 3) for part in zip(*parts)))
 
 
@@ -190,9 +211,8 @@ class Detector(nn.Module):
 
     def __init__(self, dim_in, num_classes, s):
         super().__init__()
+        self.s = s
         self.window = s.window()
-        self.input_dropout = s.input_dropout
-        self.position = s.position
         self.embedding = Embedding(dim_in)
         self.classifier = nn.Sequential(nn.Conv1d(dim_in, num_classes + 1, 1))
         self.global_mask = nn.Sequential(
@@ -204,8 +224,8 @@ class Detector(nn.Module):
 
     def embed(self, x, mask):
         """The embedding of steps: x (B, T, D), mask (B, T) -> (B, T, D)."""
-        x = F.dropout(x, self.input_dropout, self.training) * mask[..., None]
-        if self.position:
+        x = F.dropout(x, self.s.input_dropout, self.training) * mask[..., None]
+        if self.s.position:
             x = x + sinusoid(x.shape[1], x.shape[2], x.device)
         return self.embedding(x, mask)
 
@@ -235,7 +255,7 @@ class Detector(nn.Module):
         found = None
         if not self.training:
             p = torch.softmax(logits, -1)[..., :-1] * steps[..., None]
-            found = find(p, maps, first, mask.sum(1) - 1)
+            found = find(p, maps, first, mask.sum(1) - 1, self.s)
         embedded = x.unflatten(0, (B, n))[:, 0]
         return Outputs(logits, maps, steps, windows[:, 0], [embedded], [steps[:, 0]], found)
 
@@ -443,7 +463,9 @@ PRESET = {  # beside those of data.PRESETS
     "t_plus": 1.0,  # the losses are means already
     "t_plus_momentum": 1.0,
 }
-OWN = {  # a user's own data
+OWN = {  # a user's own data, with many actions a video
+    "smooth": 1,
+    "around": 0.25,
     "max_steps": 128,
     "supervised_steps": 800,
 }
@@ -476,6 +498,8 @@ class Settings(train.Settings):
                   "detector says of them, or the pseudo labels of train.py [P]") = "maps"
     theta_class: Share("class score from which a step of a pseudo map teaches [P: 0]") = 0.0
     theta_mask: Share("number from which a pair of a pseudo map is of one action [P]") = 0.7
+    smooth: Blocks("steps to either side that detection averages classes and masks over [P: 0]") = 0
+    around: Share("what is around a run and taken off its score, as a share of it [P: 0]") = 0.0
 
     TRAIN = EVALUATE = "python -m extras.spot"
     FIRST = tuple(name for name in train.Settings.FIRST if name != "channels")
@@ -490,8 +514,8 @@ class Settings(train.Settings):
             raise BadInput(f"a window of {self.window()} steps has too large a map: setting "
                            f"max_steps, or resize, must be at most {MOST_STEPS}")
         if self.pseudo == "maps" and "unlabelled" in self.acp_after.split("+"):
-            raise BadInput("setting acp_after: pseudo maps are no instances for L_acp of unlabelled "
-                           "videos; --acp-after labelled, or --pseudo labels")
+            raise BadInput("setting acp_after: L_acp of unlabelled videos needs instances, and "
+                           "pseudo maps are none: --acp-after labelled, or --pseudo labels")
 
     @classmethod
     def preset(cls, dataset, paper=False):
