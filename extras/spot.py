@@ -451,7 +451,6 @@ def learn_from_maps(run, rng):
 # ---- Settings -----------------------------------------------------------------------------------
 
 PRESET = {  # beside those of data.PRESETS
-    "alqa": "none",
     "acp_after": "none",  # ACP stands in the place of SPOT's pretext, in stage 1 alone
     "min_score": 1e-4,
     "nms_sigma": 0.4,
@@ -493,10 +492,14 @@ class Settings(train.Settings):
     heading = "this detector's own"
     acp: OneOf((*ACP, "pretext"), "contrasts of Eq. (11) in stage 1, or SPOT's own pretext; none "
                "leaves stage 1 out [S]") = "coarse+fine"
+    acp_after: OneOf(("none", "labelled", "labelled+unlabelled"), "where L_acp goes on after stage "
+                     "1 [S: none]") = "none"
+    alqa: OneOf(("none",), "SPOT has no quality branches") = "none"
     mask_hidden: Width("hidden width of the mask head [P]") = 256
     pseudo: OneOf(("maps", "labels"), "what unlabelled videos teach by in stage 3: what the "
                   "detector says of them, or the pseudo labels of train.py [P]") = "maps"
-    theta_class: Share("class score from which a step of a pseudo map teaches [P: 0]") = 0.0
+    theta_class: Share("class score from which a step of a pseudo map teaches; the public code sets "
+                       "it and takes every step [P]") = 0.95
     theta_mask: Share("number from which a pair of a pseudo map is of one action [P]") = 0.7
     smooth: Blocks("steps to either side that detection averages classes and masks over [P: 0]") = 0
     around: Share("what is around a run and taken off its score, as a share of it [P: 0]") = 0.0
@@ -504,7 +507,7 @@ class Settings(train.Settings):
     TRAIN = EVALUATE = "python -m extras.spot"
     FIRST = tuple(name for name in train.Settings.FIRST if name != "channels")
     UNUSED = (  # of ActionFormer's network and of the losses of points
-        "channels", "heads", "windows", "ranges", "stem", "drop_path", "offset_bias", "alqa",
+        "channels", "heads", "windows", "ranges", "stem", "drop_path", "offset_bias",
         "tnd_bias", "eps", "quality_form", "soft_label", "beta", "label_smoothing", "focal_alpha",
         "focal_gamma", "radius")
 
@@ -513,6 +516,8 @@ class Settings(train.Settings):
         if self.window() > MOST_STEPS:
             raise BadInput(f"a window of {self.window()} steps has too large a map: setting "
                            f"max_steps, or resize, must be at most {MOST_STEPS}")
+        if self.acp == "pretext" and self.acp_after != "none":
+            raise BadInput("setting acp_after: L_acp does not go on after another pretext than ACP")
         if self.pseudo == "maps" and "unlabelled" in self.acp_after.split("+"):
             raise BadInput("setting acp_after: L_acp of unlabelled videos needs instances, and "
                            "pseudo maps are none: --acp-after labelled, or --pseudo labels")
