@@ -71,28 +71,28 @@ def smoothed(x, reach):
     return means.reshape(x.shape)
 
 
-def mean_between(sums, first, end):
-    """The mean over the steps first .. end - 1 of numbers whose running sums are given.
+def sums_of(running, first, end):
+    """The sums over the steps first .. end - 1 of numbers of which the running sums are given.
 
-    sums        (..., W + 1, K), of the first 0, 1, ... W steps
+    running     (..., W + 1, K), of the first 0, 1, ... W steps
     first, end  (..., W)
-    ->          (..., W, K); 0 where there is no step"""
-    of_end, of_first = (torch.take_along_dim(sums, at[..., None], -2) for at in (end, first))
-    return (of_end - of_first) / (end - first).clamp(min=1)[..., None]
+    ->          (..., W, K)"""
+    of_end, of_first = (torch.take_along_dim(running, at[..., None], -2) for at in (end, first))
+    return of_end - of_first
 
 
-def class_scores(sums, first, end, around):
-    """How much more of each class runs hold than what is around them.
+def class_scores(running, first, end, around):
+    """The mean of each class in runs, less that around them; not below 0.
 
     around  what is before and after a run, as a share of it; 0: nothing is taken off
-    others  as mean_between() has them"""
-    inside = mean_between(sums, first, end)
-    margin = (around * (end - first)).ceil().long().clamp(min=0)
+    others  as sums_of() has them"""
+    length = end - first
+    margin = (around * length).ceil().long().clamp(min=0)
     start, stop = (first - margin).clamp(min=0), (end + margin).clamp(max=first.shape[-1])
-    wide = mean_between(sums, start, stop) * (stop - start)[..., None]
-    length = (end - first)[..., None]
-    rest = (wide - inside * length) / ((stop - start)[..., None] - length).clamp(min=1)
-    return (inside - rest).clamp(min=0)
+    inside = sums_of(running, first, end)
+    outside = sums_of(running, start, stop) - inside
+    count = (stop - start - length).clamp(min=1)
+    return (inside / length.clamp(min=1)[..., None] - outside / count[..., None]).clamp(min=0)
 
 
 class Found(NamedTuple):
@@ -102,33 +102,33 @@ class Found(NamedTuple):
     mask: torch.Tensor  # (B, P)
 
 
-def find(p, maps, first_steps, last_step, s):
+def find(p, maps, inside, begin, s):
     """What windows hold: around each step the runs of its mask's row and of its best class.
 
     A run's score of a class is class_scores() times the mean over the run of the step's row. A run
     that ends where a window does, but the video goes on, is cut off and left out.
-    p            (B, n, W, K), the classes of the steps, 0 outside the video
-    maps         (B, n, W, W), row i the mask of step i, 0 outside the video
-    first_steps  (n,), where the windows begin
-    last_step    (B,), of the videos
-    ->           Found, the runs of a window together"""
+    p       (B, n, W, K), the class scores of the steps; maps (B, n, W, W), row i the mask of step i
+    inside  (B, n, W), which steps are the video's
+    begin   (n,), where the windows begin
+    ->      Found, the runs of a window together"""
     W = p.shape[2]
-    p, maps = smoothed(p.transpose(2, 3), s.smooth), smoothed(maps, s.smooth)  # p (B, n, K, W)
+    p = smoothed((p * inside[..., None]).transpose(2, 3), s.smooth) * inside[:, :, None]
+    maps = smoothed(maps, s.smooth) * inside[:, :, None]
     of_best = torch.take_along_dim(p, p.argmax(2)[..., None], 2)  # row i: the best class of step i
-    class_sums = F.pad(p.transpose(2, 3).cumsum(2), (0, 0, 1, 0))
-    map_sums = F.pad(maps.cumsum(3), (1, 0))
-    starts_cut = (first_steps > 0)[:, None]
-    ends_cut = (first_steps + W - 1 < last_step[:, None])[..., None]
+    running = F.pad(p.transpose(2, 3).cumsum(2), (0, 0, 1, 0))
+    running_rows = F.pad(maps.cumsum(3), (1, 0))
+    length = inside.sum(2)
+    goes_on = begin + length < (begin + length).amax(1, keepdim=True)  # (B, n)
     parts = []
     for rows, levels in ((maps, MASK_LEVELS), (of_best, CLASS_LEVELS)):
         for level in levels:
             first, last = runs(rows > level)
             end = last + 1
-            ends = torch.take_along_dim(map_sums, torch.stack([first, end], -1), 3)
-            of_row = ends.diff() / (end - first).clamp(min=1)[..., None]  # (B, n, W, 1)
-            score = class_scores(class_sums, first, end, s.around) * of_row
-            segments = torch.stack([first - 0.5, last + 0.5], -1) + first_steps[:, None, None]
-            cut = (first == 0) & starts_cut | (end == W) & ends_cut
+            of_row = torch.take_along_dim(running_rows, torch.stack([first, end], -1), 3).diff()
+            of_row = of_row / (end - first).clamp(min=1)[..., None]  # (B, n, W, 1)
+            score = class_scores(running, first, end, s.around) * of_row
+            segments = torch.stack([first - 0.5, last + 0.5], -1) + begin[:, None, None]
+            cut = (first == 0) & (begin > 0)[:, None] | (end == W) & goes_on[..., None]
             parts.append((segments, score, (first < end) & ~cut))
     # Each (B, n, levels, W, ...) -> (B, P, ...).
     return Found(*(torch.stack(part, 2).flatten(1, 3) for part in zip(*parts)))
@@ -244,7 +244,7 @@ class Detector(nn.Module):
 
     def forward(self, feats, mask):
         """feats (B, T, D), mask (B, T), any T >= 1 -> Outputs."""
-        windows, first = windows_of(feats, self.window)  # (B, n, W, D)
+        windows, begin = windows_of(feats, self.window)  # (B, n, W, D)
         steps = windows_of(mask[..., None], self.window)[0][..., 0]  # (B, n, W)
         B, n, W = steps.shape
         x = self.embed(windows.flatten(0, 1), steps.flatten(0, 1))
@@ -254,8 +254,7 @@ class Detector(nn.Module):
         maps = maps * (steps[..., None] & steps[..., None, :])
         found = None
         if not self.training:
-            p = torch.softmax(logits, -1)[..., :-1] * steps[..., None]
-            found = find(p, maps, first, mask.sum(1) - 1, self.s)
+            found = find(torch.softmax(logits, -1)[..., :-1], maps, steps, begin, self.s)
         embedded = x.unflatten(0, (B, n))[:, 0]
         return Outputs(logits, maps, steps, windows[:, 0], [embedded], [steps[:, 0]], found)
 
@@ -498,8 +497,8 @@ class Settings(train.Settings):
     mask_hidden: Width("hidden width of the mask head [P]") = 256
     pseudo: OneOf(("maps", "labels"), "what unlabelled videos teach by in stage 3: what the "
                   "detector says of them, or the pseudo labels of train.py [P]") = "maps"
-    theta_class: Share("class score from which a step of a pseudo map teaches; the public code sets "
-                       "it and takes every step [P]") = 0.95
+    theta_class: Share("class score from which a step of a pseudo map teaches [P; there unused: it "
+                       "takes every step]") = 0.95
     theta_mask: Share("number from which a pair of a pseudo map is of one action [P]") = 0.7
     smooth: Blocks("steps to either side that detection averages classes and masks over [P: 0]") = 0
     around: Share("what is around a run and taken off its score, as a share of it [P: 0]") = 0.0

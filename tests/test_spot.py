@@ -7,11 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
 import evaluate
 import train
 from extras import fig4, spot, tables, viewer
-from plumbing import arguments, public
+from plumbing import public
 from plumbing.listing import once
 from tests.helpers import (
     SHARED,
@@ -61,8 +60,8 @@ def outputs_of(s, record, steps=W, classes=3):
     labels, truth = spot.targets(record, W, classes)
     logits = 20.0 * F.one_hot(labels.clamp(min=0), classes + 1)[None, None]
     maps = (truth & inside & inside[:, None]).float()[None, None]
-    p = torch.softmax(logits, -1)[..., :-1] * inside[:, None]
-    found = spot.find(p, maps, torch.tensor([0]), torch.tensor([steps - 1]), s)
+    p = torch.softmax(logits, -1)[..., :-1]
+    found = spot.find(p, maps, inside[None, None], torch.tensor([0]), s)
     x = torch.zeros(1, W, 2)
     return spot.Outputs(logits, maps, inside[None, None], x, [x], [inside[None]], found)
 
@@ -253,13 +252,15 @@ def test_a_run_that_a_window_cuts_is_found_in_the_next_alone():
     truth[8:14] = 1
     p = torch.stack([truth[:W], truth[6:]])[None, :, :, None]
     maps = p * p.transpose(2, 3)
-    found = spot.find(p, maps, torch.tensor([0, 6]), torch.tensor([17]), s)
+    everything = torch.ones(1, 2, W).bool()
+    found = spot.find(p, maps, everything, torch.tensor([0, 6]), s)
     assert set(map(tuple, found.segments[found.mask].tolist())) == {(7.5, 13.5)}
 
 
 @torch.no_grad()
-def test_padding_changes_nothing_and_a_long_video_is_seen_in_half_overlapping_windows():
-    s = small()
+@pytest.mark.parametrize("smooth", [0, 2])
+def test_padding_changes_nothing_and_a_long_video_is_seen_in_half_overlapping_windows(smooth):
+    s = small(smooth=smooth)
     detector = spot.Detector(4, 3, s).eval()
     x = torch.randn(1, 11, 4)
     alone = evaluate.suppress(detector(x[:, :9], torch.ones(1, 9).bool()), s)[0]
@@ -326,17 +327,27 @@ def test_halves_are_swapped_within_the_video_and_spans_do_not_meet():
     assert short.max() < 4
 
 
-def test_the_pretext_reads_no_label_and_its_parts_are_those_of_its_outputs(own, monkeypatch):
-    s = arguments.settings_of(argv_of(own, "--stage", "pretrain"), spot.Settings)
-    run = train.begin(s, data.training_data(s))
-    seen = []
-    monkeypatch.setattr(train, "advance", lambda run, loss, parts, ids: seen.append(ids))
-    monkeypatch.setattr(train, "batches_of", lambda run, videos, rng: [
-        data.collate([data.load_item(video, run.data, s, rng) for video in videos[:3]])
-        | {"ids": videos}])
-    spot.pretext(run, np.random.default_rng(0))
-    assert len(seen[0]) == 10
-    assert not any(isinstance(video, data.LabelledVideo) for video in seen[0])
+@torch.no_grad()
+def test_the_pretext_learns_the_mask_of_what_is_left_and_the_order(monkeypatch):
+    s = small(acp="pretext", device="cpu", precision="float32")
+    detector = spot.Detector(4, 3, s).eval()
+    x, mask = torch.randn(2, 9, 4), torch.arange(9) < torch.tensor([[9], [7]])
+    record = instances([[1.0, 3.0], [5.0, 6.0]])
+    monkeypatch.setattr(spot, "random_spans", lambda mask, generator: [record] * 2)
+    draws = torch.rand(2, generator=generator(3))
+    parts = spot.pretext_losses(detector, {"feats": x, "mask": mask}, s, generator(3))
+    erased = x.clone()
+    erased[:, [0, 4, 7, 8]] = 0
+    square = torch.zeros(2, W, W).bool()
+    square[:, 1:4, 1:4] = square[:, 5:7, 5:7] = True
+    maps = detector(erased, mask).maps[:, 0]
+    use = F.pad(mask[..., None] & mask[:, None], (0, 3, 0, 3))
+    assert torch.allclose(parts["mask"], spot.mask_loss(maps, square, use))
+    turned = spot.swap_halves(x, mask, draws < 0.5)
+    logits, embedded = detector.order(turned, mask)
+    assert torch.allclose(parts["order"], F.cross_entropy(logits, (draws >= 0.5).long()))
+    expected = ((embedded - turned) ** 2)[mask].mean()
+    assert torch.allclose(parts["feature"], expected)
 
 
 # ---- Whole runs ---------------------------------------------------------------------------------
@@ -377,20 +388,22 @@ def test_a_run_goes_on_where_it_was_killed(whole, tmp_path, how, step):
     assert same(weights(whole / "run"), weights(tmp_path / "run"))
 
 
-def test_an_unlabelled_video_shows_no_label_to_a_loss(whole, own):
-    labelled = read_result(whole / "run/split.json")["labelled"]
+@pytest.mark.parametrize("stage", ["pretrain", "all"])
+def test_no_label_of_an_unlabelled_video_and_none_in_the_pretext_changes_a_weight(own, stage):
+    assert main(*argv_of(own, "--stage", stage)) == 0
+    labelled = read_result(own / "run/split.json")["labelled"]
 
     def shuffle(database):
         for name, entry in database.items():
-            for k, a in enumerate(entry["annotations"] if name not in labelled else ()):
-                a |= {"label": "AB"[k % 2], "segment": [3.0 * k + 1, 3.0 * k + 2]}
+            if stage == "pretrain" or name not in labelled:
+                entry["annotations"] = [
+                    {"label": "AB"[k % 2], "segment": [3.0 * k + 1, 3.0 * k + 5]} for k in range(5)]
 
     edit(own, shuffle)
-    split = own / "split.txt"
-    split.write_text("\n".join(labelled))
-    argv = argv_of(own, "--split", split, "--ratio", 0)
-    assert spot.main(argv) == 0
-    assert same(weights(whole / "run"), weights(own / "run"))
+    (own / "split.txt").write_text("\n".join(labelled))
+    more = ("--split", own / "split.txt", "--ratio", 0, "--out", own / "other")
+    assert main(*argv_of(own, "--stage", stage, *more)) == 0
+    assert same(weights(own / "run"), weights(own / "other"))
 
 
 @needs_shared
