@@ -275,6 +275,7 @@ def test_padding_changes_nothing_and_a_long_video_is_seen_in_half_overlapping_wi
     assert out.segments().shape == (2, sum(out.sizes()), 2)
     assert out.segments()[0][out.mask[0]].max() == 26.5
     assert out.segments()[1][out.mask[1]].max() <= 4.5
+    assert not out.levels[0][1, 5:].any() and not out.maps[1, 0, :, 5:].any()
 
 
 @pytest.mark.parametrize("records", [
@@ -291,6 +292,14 @@ def test_losses_without_instances_or_with_everything_rejected_are_finite(records
     gradients = [p.grad for p in detector.parameters() if p.grad is not None]
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert len(evaluate.suppress(outputs_of(s, instances([])), s)[0]["scores"]) == 0
+
+
+def test_pairs_of_steps_that_do_not_count_change_no_mask_loss():
+    maps, truth = torch.rand(2, 6, 6), torch.rand(2, 6, 6) < 0.5
+    use = torch.zeros(2, 6, 6).bool()
+    use[:, :4, :4] = True
+    part = [x[:, :4, :4] for x in (maps, truth, use)]
+    assert torch.allclose(spot.mask_loss(maps, truth, use), spot.mask_loss(*part))
 
 
 def test_the_contrast_is_of_steps_near_a_boundary_with_clear_ones():
