@@ -14,6 +14,11 @@ video whose other steps are erased, and whether its halves were swapped. In stag
 video teaches by the classes and masks that the detector itself gives it, made anew at each step
 (--pseudo maps), or by the pseudo labels of train.py (--pseudo labels).
 
+Other than in the public code all instances of a video teach, by every step inside; a detection is
+one run, not all from the first to the last, and of any class; what is around it may be taken off
+its score; the losses of unlabelled videos reach the gradient; the snippets that are contrasted are
+steps, not channels, and targets say which are hard.
+
 A video longer than a window is seen in half-overlapping windows. Letters as in model.py, and n
 windows of W steps of a video, P detections before suppression. [P] is the public SPOT's, [J]
 neither that nor the paper's.
