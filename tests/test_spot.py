@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import evaluate
 import train
 from extras import fig4, spot, tables, viewer
-from plumbing import public
+from plumbing import arguments, public
 from plumbing.listing import once
 from tests.helpers import (
     SHARED,
@@ -312,6 +312,25 @@ def test_the_contrast_is_of_steps_near_a_boundary_with_clear_ones():
     expected = spot.nce(HA, EA, EB) + spot.nce(HB, EB, EA)
     assert torch.allclose(spot.contrast(x, action, ~action), expected)
     assert spot.contrast(x, action, torch.zeros(20).bool()) == 0
+
+
+def test_what_is_rejected_or_outside_the_video_is_contrasted_with_nothing():
+    s, record = small(), instances([[2.0, 6.0]], rejected=[[-0.5, 0.5]])
+    x = torch.randn(1, W, 2)
+    out = outputs_of(s, record, steps=11)._replace(levels=[x], inputs=x)
+    action, known = torch.zeros(2, W).bool()
+    action[2:7] = known[1:11] = True
+    quality = spot.batch_losses(out, [record], 3, s)["quality"]
+    expected = spot.contrast(x[0], action, known & ~action)
+    assert expected > 0 and torch.allclose(quality, expected)
+
+
+def test_published_rows_over_a_whole_video_are_one_window_in_the_public_way():
+    s = arguments.settings_of(["--dataset", "activitynet", "--device", "cpu"], spot.Settings)
+    assert (s.window(), s.position, s.smooth, s.around, s.vote) == (100, False, 0, 0, 0)
+    shorter = small(resize=10)
+    out = spot.Detector(4, 3, shorter).eval()(torch.randn(1, 10, 4), torch.ones(1, 10).bool())
+    assert out.maps.shape == (1, 1, 10, 10)
 
 
 def test_a_step_of_a_pseudo_map_teaches_from_its_score_on():
