@@ -165,6 +165,10 @@ class Settings(PretrainSettings, SupervisedSettings, JointSettings, settings.Run
             raise BadInput("setting rerank looks at detections whose tIoU is over the setting "
                            "repeat, which must be below 1")
 
+    def epochs(self):
+        """{stage: what does an epoch of it} where another detector has its own way."""
+        return {}
+
     def losses(self, outputs, instances, num_classes):
         """The losses of a batch's points; here, so that another detector may have others."""
         return alqa.point_losses(outputs, instances, num_classes, self)
@@ -571,7 +575,7 @@ def finish(run):
 
 def train(run):
     """The stages that the settings ask for, one after the other, and the report."""
-    epoch_of = {"pretrain": pretrain, "supervised": supervised, "joint": joint}
+    epoch_of = {"pretrain": pretrain, "supervised": supervised, "joint": joint} | run.s.epochs()
     begun = STAGES.index(run.at.stage)
     for stage in run.plan:
         if STAGES.index(stage) < begun:

@@ -136,6 +136,17 @@ class Matching(nn.Module):
 
 # ---- The network --------------------------------------------------------------------------------
 
+def windows_of(x, W):
+    """A sequence x (B, T, C) cut into half-overlapping windows of W steps, filled up with zeros.
+
+    ->  (B, n, W, C), and where the n windows begin, (n,)"""
+    T = x.shape[1]
+    first = list(range(0, max(T - W, 0), W // 2)) + [max(T - W, 0)]
+    x = F.pad(x, (0, 0, 0, max(W - T, 0)))
+    windows = torch.stack([x[:, i:i + W] for i in first], 1)
+    return windows, torch.tensor(first, device=x.device)
+
+
 def at_pairs(start, end):
     """Numbers at the steps of the windows, two (B, n, W), at the pairs: two (B, n * P)."""
     s, e = pairs_of(start.shape[2]).to(start.device)
@@ -287,15 +298,13 @@ class Detector(nn.Module):
 
     def forward(self, feats, mask):
         """feats (B, T, D), mask (B, T), any T >= 1 -> Outputs; the windows are seen in float32."""
-        B, T = mask.shape
-        W = self.window
-        first = list(range(0, max(T - W, 0), W // 2)) + [max(T - W, 0)]
+        B = len(mask)
         (x,), masks = self.pyramid(feats, mask)
-        x, inside = (F.pad(part, (0, 0, 0, max(W - T, 0))) for part in (x, mask[..., None]))
-        windows = torch.stack([x[:, i:i + W] for i in first], 1).float()  # (B, n, W, C)
-        steps = torch.stack([inside[:, i:i + W, 0] for i in first], 1)  # (B, n, W)
+        windows, first = windows_of(x, self.window)  # (B, n, W, C)
+        steps = windows_of(mask[..., None], self.window)[0][..., 0]  # (B, n, W)
+        windows = windows.float().flatten(0, 1)
         with torch.autocast(x.device.type, enabled=False):
-            parts = [self.of_windows(part) for part in windows.flatten(0, 1).split(AT_ONCE * B)]
+            parts = [self.of_windows(part) for part in windows.split(AT_ONCE * B)]
         start, end, *maps, cls_logits = (torch.cat(part) for part in zip(*parts))
         start, end = (part.unflatten(0, steps.shape[:2]) * steps for part in (start, end))
         regression, action, p_tnd = (part.reshape(B, -1) for part in maps)
@@ -305,7 +314,7 @@ class Detector(nn.Module):
         of_start, of_end = at_pairs(*boundaries)
         return Outputs(
             cls_logits.reshape(B, -1, cls_logits.shape[-1]), start, end, action, regression, p_tnd,
-            of_start & of_end, steps, torch.tensor(first, device=x.device), [x[:, :T]], masks)
+            of_start & of_end, steps, first, [x], masks)
 
 
 # ---- Targets and losses -------------------------------------------------------------------------

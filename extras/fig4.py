@@ -15,12 +15,13 @@ import acp
 import data
 import train
 from evaluate import forward
-from extras import bmn
+from extras import bmn, spot
 from plumbing import checkpoints
 from plumbing.files import read_json, write_json
 from plumbing.runs import guard
 from plumbing.words import say
 
+OTHERS = (bmn.Settings, spot.Settings)  # of other detectors
 MOST = 25  # videos whose steps are shown
 
 
@@ -31,7 +32,8 @@ def read_run(folder):
     BadInput.
     -> s, dataset, {"before": Detector, "after": Detector}"""
     config = read_json(folder / "config.json", "a run's file of settings")
-    kind = bmn.Settings if bmn.Settings.__annotations__.keys() <= config.keys() else train.Settings
+    others = [kind for kind in OTHERS if kind.__annotations__.keys() <= config.keys()]
+    kind = others[0] if others else train.Settings
     checkpoint = checkpoints.load(folder / "checkpoint.pt", kind)
     s = kind(**checkpoint["settings"])
     dataset = data.training_data(s)

@@ -10,7 +10,7 @@ import pytest
 import data
 import evaluate
 import train
-from extras import bmn
+from extras import bmn, spot
 from plumbing import journal
 from plumbing.arguments import settings_of, words_of
 from plumbing.runs import Stopped
@@ -192,6 +192,7 @@ COMMANDS = {
     "train": (train.main, (), "python train.py --resume runs/my"),
     "evaluate": (evaluate.main, (), "python evaluate.py --pred pred.json"),
     "bmn": (bmn.main, (), "python -m extras.bmn --checkpoint runs/my --features video.npy"),
+    "spot": (spot.main, (), "python -m extras.spot --checkpoint runs/my --features video.npy"),
     "bmn as evaluate": (bmn.main, ("--checkpoint", "x"), "python -m extras.bmn --proposals"),
     "bmn proposals": (bmn.main, ("--proposals", "x"), "python -m extras.bmn [-h] --proposals"),
 }
@@ -204,17 +205,18 @@ def test_help_shows_the_commands_own_lines(capsys, name):
         main([*argv, "--help"])
     text = capsys.readouterr().out
     assert line in text
-    others = {word for word in ("train.py", "evaluate.py", "extras.bmn")
+    others = {word for word in ("train.py", "evaluate.py", "extras.bmn", "extras.spot")
               if f"python {word}" in text or f"python -m {word}" in text}
     assert len(others) == 1, others
 
 
-def test_help_of_bmn_shows_the_settings_that_it_has(capsys):
+@pytest.mark.parametrize(("detector", "first"), [(bmn, "--hidden"), (spot, "--mask-hidden")])
+def test_help_of_another_detector_shows_the_settings_that_it_has(capsys, detector, first):
     with pytest.raises(SystemExit, match="^0$"):
-        bmn.main(["--help"])
+        detector.main(["--help"])
     text = capsys.readouterr().out
-    for name in bmn.Settings.__annotations__:
+    for name in detector.Settings.__annotations__:
         assert f"--{name.replace('_', '-')} " in text
-    for name in bmn.Settings.UNUSED:
+    for name in detector.Settings.UNUSED:
         assert not re.search(rf"--{name.replace('_', '-')}\b", text), name
-    assert text.index("--hidden") < text.index("--theta-l") < text.index("--input-dropout")
+    assert text.index(first) < text.index("--theta-l") < text.index("--input-dropout")

@@ -1,0 +1,566 @@
+"""SPOT (Nag et al. 2022) as the detector: Table S3's SPOT rows, and its own semi-supervised way.
+
+    python -m extras.spot --dataset my.json --features DIR ...       as train.py, all three stages
+    python -m extras.spot --resume runs/my
+    python -m extras.spot --checkpoint runs/my --features video.npy  as evaluate.py
+
+SPOT makes no proposals to be scored: attention over a window embeds its steps, a classifier gives
+each step a class or background, and a mask head gives each step i a row, how much each step of the
+window is of the action that step i is in. Detections are the runs of steps that a row, or a class,
+holds above some levels. There is no P_tiou and no P_tnd; the joint score is the class score.
+
+Stage 1 is ACP on the embedding, or SPOT's own pretext (--acp pretext): the mask of two spans of a
+video whose other steps are erased, and whether its halves were swapped. In stage 3 an unlabelled
+video teaches by the classes and masks that the detector itself gives it, made anew at each step
+(--pseudo maps), or by the pseudo labels of train.py (--pseudo labels).
+
+Other than in the public code all instances of a video teach, by every step inside; a detection is
+one run, not all from the first to the last, and of any class; what is around it may be taken off
+its score; the losses of unlabelled videos reach the gradient; the snippets that are contrasted are
+steps, not channels, and targets say which are hard.
+
+A video longer than a window is seen in half-overlapping windows. Letters as in model.py, and n
+windows of W steps of a video, P detections before suppression. [P] is the public SPOT's, [J]
+neither that nor the paper's.
+"""
+import sys
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import evaluate
+import train
+from acp import ACP, rows_at, step_classes
+from extras.bmn import windows_of
+from model import sinusoid, steps_inside
+from plumbing.processes import draws_of_batch, process_count, sum_of_all
+from plumbing.settings import Blocks, OneOf, Share, Width
+from plumbing.words import BadInput
+
+HEADS = 4  # of the attention, each as wide as the input [P]
+DROP_ATTENTION = 0.1  # share of the attention weights that training sets to 0 [P]
+DROP_EMBEDDING = 0.3  # share of the attention's output [P]
+DROP_ORDER = 0.5  # share of the order head's numbers [P]
+OF_CLASS = 0.5  # weight of the class loss [P]
+OF_BCE, OF_DICE = 0.4, 0.6  # weights of the two mask losses [P]
+SMOOTH = 10  # pairs of steps that are added to either kind in the weights of the mask loss [P]
+TAU = 0.07  # temperature of the contrast of snippets [P]
+HARD = 2  # steps to either side of a boundary that are hard to tell [J; P: by a morphology]
+MASK_LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8)  # over which a run of a mask's row is a detection [P]
+CLASS_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # ... a run of a class [P]
+
+
+# ---- Detections from classes and masks ----------------------------------------------------------
+
+def runs(over):
+    """The run of steps around step i for which row i holds.
+
+    over  (..., W, W) bool
+    ->    its first and last step, two (..., W); none, last < first, where row i lacks step i"""
+    W = over.shape[-1]
+    step = torch.arange(W, device=over.device)
+    before = step <= step[:, None]
+    first = torch.where(~over & before, step, -1).amax(-1) + 1
+    last = torch.where(~over & before.T, step, W).amin(-1) - 1
+    return first, last
+
+
+def smoothed(x, reach):
+    """x (..., W) with each step the mean of those at most `reach` away."""
+    rows = x.reshape(1, -1, x.shape[-1])
+    means = F.avg_pool1d(rows, 2 * reach + 1, 1, reach, count_include_pad=False)
+    return means.reshape(x.shape)
+
+
+def sums_of(running, first, end):
+    """The sums over the steps first .. end - 1 of numbers of which the running sums are given.
+
+    running     (..., W + 1, K), of the first 0, 1, ... W steps
+    first, end  (..., W)
+    ->          (..., W, K)"""
+    of_end, of_first = (torch.take_along_dim(running, at[..., None], -2) for at in (end, first))
+    return of_end - of_first
+
+
+def class_scores(running, first, end, around):
+    """The mean of each class in runs, less that around them; not below 0.
+
+    around  what is before and after a run, as a share of it; 0: nothing is taken off
+    others  as sums_of() has them"""
+    length = end - first
+    margin = (around * length).ceil().long().clamp(min=0)
+    start, stop = (first - margin).clamp(min=0), (end + margin).clamp(max=first.shape[-1])
+    inside = sums_of(running, first, end)
+    outside = sums_of(running, start, stop) - inside
+    count = (stop - start - length).clamp(min=1)
+    return (inside / length.clamp(min=1)[..., None] - outside / count[..., None]).clamp(min=0)
+
+
+class Found(NamedTuple):
+    """What is found before suppression."""
+    segments: torch.Tensor  # (B, P, 2) in grid steps, from the first step's begin to the last's end
+    scores: torch.Tensor  # (B, P, K)
+    mask: torch.Tensor  # (B, P)
+
+
+def find(p, maps, inside, begin, s):
+    """What windows hold: around each step the runs of its mask's row and of its best class.
+
+    A run's score of a class is class_scores() times the mean over the run of the step's row. A run
+    that ends where a window does, but the video goes on, is cut off and left out.
+    p       (B, n, W, K), the class scores of the steps; maps (B, n, W, W), row i the mask of step i
+    inside  (B, n, W), which steps are the video's
+    begin   (n,), where the windows begin
+    ->      Found, the runs of a window together"""
+    W = p.shape[2]
+    p = smoothed((p * inside[..., None]).transpose(2, 3), s.smooth) * inside[:, :, None]
+    maps = smoothed(maps, s.smooth) * inside[:, :, None]
+    of_best = torch.take_along_dim(p, p.argmax(2)[..., None], 2)  # row i: the best class of step i
+    running = F.pad(p.transpose(2, 3).cumsum(2), (0, 0, 1, 0))
+    running_rows = F.pad(maps.cumsum(3), (1, 0))
+    length = inside.sum(2)
+    goes_on = begin + length < (begin + length).amax(1, keepdim=True)  # (B, n)
+    parts = []
+    for rows, levels in ((maps, MASK_LEVELS), (of_best, CLASS_LEVELS)):
+        for level in levels:
+            first, last = runs(rows > level)
+            end = last + 1
+            of_row = torch.take_along_dim(running_rows, torch.stack([first, end], -1), 3).diff()
+            of_row = of_row / (end - first).clamp(min=1)[..., None]  # (B, n, W, 1)
+            score = class_scores(running, first, end, s.around) * of_row
+            segments = torch.stack([first - 0.5, last + 0.5], -1) + begin[:, None, None]
+            cut = (first == 0) & (begin > 0)[:, None] | (end == W) & goes_on[..., None]
+            parts.append((segments, score, (first < end) & ~cut))
+    # Each (B, n, levels, W, ...) -> (B, P, ...).
+    return Found(*(torch.stack(part, 2).flatten(1, 3) for part in zip(*parts)))
+
+
+# ---- The network --------------------------------------------------------------------------------
+
+class Outputs(NamedTuple):
+    """Raw predictions of the windows of videos, and what they were made from."""
+    logits: torch.Tensor  # (B, n, W, K + 1), of the classes of the steps; the last is background
+    maps: torch.Tensor  # (B, n, W, W), row i the mask of step i; 0 outside the video
+    steps: torch.Tensor  # (B, n, W), which steps of the windows are the video's
+    inputs: torch.Tensor  # (B, W, D), the input of the first window, in training the only one
+    levels: list  # [(B, W, C)], its embedding
+    masks: list  # [(B, W)]
+    found: Found  # None in training
+
+    def predictions(self):
+        """What the heads give."""
+        return self.logits, self.maps
+
+    def p_cls(self):
+        """The class scores (B, P, K)."""
+        return self.found.scores
+
+    def segments(self):
+        """The segments (B, P, 2) in grid steps."""
+        return self.found.segments
+
+    @property
+    def mask(self):
+        """Which of the P are detections (B, P)."""
+        return self.found.mask
+
+    @property
+    def p_tiou(self):
+        """1 (B, P): there is no quality branch."""
+        return torch.ones_like(self.found.scores[..., 0])
+
+    @property
+    def p_tnd(self):
+        """0 (B, P)."""
+        return torch.zeros_like(self.found.scores[..., 0])
+
+    def sizes(self):
+        """How many of the P each window has."""
+        n = self.logits.shape[1]
+        return [self.mask.shape[1] // n] * n
+
+
+class Embedding(nn.Module):
+    """One layer of attention over all valid steps, with a residual and LayerNorm.
+
+    x     (B, T, D), mask (B, T)
+    ->    (B, T, D), 0 where the mask is False"""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.w_qs = nn.Linear(dim, HEADS * dim, bias=False)
+        self.w_ks = nn.Linear(dim, HEADS * dim, bias=False)
+        self.w_vs = nn.Linear(dim, HEADS * dim, bias=False)
+        self.fc = nn.Linear(HEADS * dim, dim)
+        self.layer_norm = nn.LayerNorm(dim)
+
+    def forward(self, x, mask):
+        T = mask.shape[1]
+        itself = torch.eye(T, dtype=torch.bool, device=x.device)  # so that padding is finite
+        seen = mask[:, None, None] | itself  # (B, 1, T, T)
+        linears = (self.w_qs, self.w_ks, self.w_vs)
+        q, k, v = (linear(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for linear in linears)
+        drop = DROP_ATTENTION if self.training else 0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=drop)
+        out = self.fc(out.transpose(1, 2).flatten(2))
+        out = F.dropout(out, DROP_EMBEDDING, self.training)
+        return self.layer_norm(x + out) * mask[..., None]
+
+
+class Detector(nn.Module):
+    """SPOT as Settings `s` describe it; its parameters have the public SPOT's names."""
+
+    def __init__(self, dim_in, num_classes, s):
+        super().__init__()
+        self.s = s
+        self.window = s.window()
+        self.embedding = Embedding(dim_in)
+        self.classifier = nn.Sequential(nn.Conv1d(dim_in, num_classes + 1, 1))
+        self.global_mask = nn.Sequential(
+            nn.Conv1d(dim_in, s.mask_hidden, 3, padding=1), nn.ReLU(),
+            nn.Conv1d(s.mask_hidden, self.window, 1, bias=False))
+        if s.acp == "pretext":
+            self.clip_order = nn.Sequential(nn.Conv1d(dim_in, 1, 3, padding=1), nn.ReLU())
+            self.clip_order_linear = nn.Linear(self.window, 2)
+
+    def embed(self, x, mask):
+        """The embedding of steps: x (B, T, D), mask (B, T) -> (B, T, D)."""
+        x = F.dropout(x, self.s.input_dropout, self.training) * mask[..., None]
+        if self.s.position:
+            x = x + sinusoid(x.shape[1], x.shape[2], x.device)
+        return self.embedding(x, mask)
+
+    def pyramid(self, feats, mask):
+        """The embedding, the one level that ACP contrasts: [(B, T, D)], [(B, T)]."""
+        return [self.embed(feats, mask)], [mask]
+
+    def order(self, feats, mask):
+        """Whether the halves of videos of at most W steps are swapped: two logits, "swapped" first.
+
+        -> (B, 2), and the embedding (B, T, D)"""
+        x = self.embed(feats, mask)
+        h = self.clip_order(x.transpose(1, 2))[:, 0] * mask
+        h = F.dropout(F.pad(h, (0, self.window - h.shape[1])), DROP_ORDER, self.training)
+        return self.clip_order_linear(h).float(), x
+
+    def forward(self, feats, mask):
+        """feats (B, T, D), mask (B, T), any T >= 1 -> Outputs."""
+        windows, begin = windows_of(feats, self.window)  # (B, n, W, D)
+        steps = windows_of(mask[..., None], self.window)[0][..., 0]  # (B, n, W)
+        B, n, W = steps.shape
+        x = self.embed(windows.flatten(0, 1), steps.flatten(0, 1))
+        rows = x.transpose(1, 2)
+        logits = self.classifier(rows).transpose(1, 2).float().unflatten(0, (B, n))
+        maps = torch.sigmoid(self.global_mask(rows).float()).unflatten(0, (B, n))
+        maps = maps * (steps[..., None] & steps[..., None, :])
+        found = None
+        if not self.training:
+            found = find(torch.softmax(logits, -1)[..., :-1], maps, steps, begin, self.s)
+        embedded = x.unflatten(0, (B, n))[:, 0]
+        return Outputs(logits, maps, steps, windows[:, 0], [embedded], [steps[:, 0]], found)
+
+
+# ---- Targets and losses -------------------------------------------------------------------------
+
+def targets(record, W, num_classes):
+    """The classes and masks of the W steps of a video, by the instances of its record.
+
+    A step is in an instance if it lies inside; of many it is in the shortest.
+    -> the class of each step (W,), background num_classes, unknown inside a rejected segment -1;
+       and the map (W, W) bool: row i holds for the steps of the instance that step i is in"""
+    segments = record["segments"]
+    step = torch.arange(W, device=segments.device)
+    classes = step_classes(step, segments, record["labels"], record["rejected"], num_classes)
+    inside = F.pad(steps_inside(segments, step), (0, 1))  # (W, N + 1), the last is no instance
+    length = F.pad(segments[:, 1] - segments[:, 0], (0, 1), value=torch.inf)
+    shortest = torch.where(inside, length, torch.inf).min(1).indices
+    return classes, inside.T[shortest] & inside.any(1, keepdim=True)
+
+
+def pseudo_maps(logits, maps, theta_class, theta_mask):
+    """What the detector itself says of unlabelled videos, as targets() has it.
+
+    logits  (..., W, K + 1), maps (..., W, W)"""
+    p, classes = torch.softmax(logits.detach(), -1).max(-1)
+    return torch.where(p >= theta_class, classes, -1), maps.detach() >= theta_mask
+
+
+def focal(L_ce):
+    """The focal form of a cross-entropy loss, with SPOT's weight."""
+    return OF_CLASS * (1 - torch.exp(-L_ce)) ** 2 * L_ce
+
+
+def class_loss(logits, classes):
+    """Focal loss of the classes (N,) of steps with logits (N, K + 1) -> scalar.
+
+    The public code makes it of the mean cross-entropy of a batch, which no step's ease changes."""
+    if len(classes) == 0:
+        return logits.sum()
+    return focal(F.cross_entropy(logits, classes, reduction="none")).mean()
+
+
+def mask_loss(maps, truth, use, eps=1e-6):
+    """Weighted binary cross-entropy and dice loss of the maps -> scalar.
+
+    Dice is without the factor 2 of its name [P]: it is at its least, about 0.5, where both agree.
+    maps   (B, W, W) in [0, 1]
+    truth  (B, W, W) bool
+    use    (B, W, W), the pairs of steps that count"""
+    truth = truth & use
+    positives = SMOOTH + truth.sum()
+    whole = SMOOTH + positives + (use & ~truth).sum()
+    ratio = whole / positives
+    of_positive = 0.5 * ratio * torch.log(maps + eps)
+    of_negative = 0.5 * ratio / (ratio - 1) * torch.log(1 - maps + eps)
+    L_bce = -(torch.where(truth, of_positive, of_negative) * use).sum() / whole
+    maps = maps * use
+    common = (maps * truth).sum((1, 2))
+    sizes = (maps ** 2).sum((1, 2)) + truth.sum((1, 2))
+    L_dice = 1 - (common + 1) / (sizes + 1)
+    return OF_BCE * L_bce + OF_DICE * L_dice.mean()
+
+
+def feature_loss(x, inputs, mask):
+    """The mean squared difference of the embedding and its input (B, T, D) -> scalar."""
+    return F.mse_loss(x[mask].float(), inputs[mask])
+
+
+def nce(hard, easy, other):
+    """InfoNCE of hard steps with the easy ones of their kind, and not with the other kind's.
+
+    hard, easy, other  (N, D) each, of the first two the means
+    ->                 scalar"""
+    query, key = F.normalize(hard.mean(0), dim=-1), F.normalize(easy.mean(0), dim=-1)
+    keys = torch.cat([key[None], F.normalize(other, dim=-1)])
+    return -torch.log_softmax(keys @ query / TAU, 0)[0]
+
+
+def near(steps):
+    """The steps at most HARD from one of the steps (W,) bool -> (W,) bool."""
+    return F.max_pool1d(steps[None].float(), 2 * HARD + 1, 1, HARD)[0] > 0
+
+
+def contrast(x, action, background):
+    """SPOT's contrast of snippets in a video: those near a boundary with the clear ones.
+
+    x                   (W, D), the embedding
+    action, background  (W,) bool
+    ->                  scalar; 0 where a kind is missing"""
+    hard_action, hard_background = action & near(background), background & near(action)
+    kinds = (hard_action, action & ~hard_action, hard_background, background & ~hard_background)
+    if not all(kind.any() for kind in kinds):
+        return x.sum() * 0
+    HA, EA, HB, EB = (x[kind].float() for kind in kinds)
+    return nce(HA, EA, EB) + nce(HB, EB, EA)
+
+
+def batch_losses(outputs, instances, num_classes, s):
+    """The losses of a batch: of the classes, of the masks, of the embedding.
+
+    instances  B records {"segments", "labels", "rejected"}, or of videos that teach by what the
+               detector says of them B empty ones
+    ->         {"cls", "reg" (masks), "quality" (embedding), "positives", the steps in actions},
+               scalars that are finite without an instance"""
+    logits, maps, inside = outputs.logits[:, 0], outputs.maps[:, 0], outputs.steps[:, 0]
+    if any(instances):
+        each = [targets(record, inside.shape[1], num_classes) for record in instances]
+        classes, truth = (torch.stack(part) for part in zip(*each))
+    else:
+        classes, truth = pseudo_maps(logits, maps, s.theta_class, s.theta_mask)
+    known = inside & (classes >= 0)
+    action = known & (classes < num_classes)
+    x, = outputs.levels
+    L_contrast = sum(map(contrast, x, action, known & ~action)) / len(x)
+    parts = {
+        "cls": class_loss(logits[known], classes[known]),
+        "reg": mask_loss(maps, truth, known[..., None] & known[:, None]),
+        "quality": feature_loss(x, outputs.inputs, inside) + L_contrast,
+        "positives": action.sum(),
+    }
+    return {key: sum_of_all(part / process_count()) for key, part in parts.items()}
+
+
+# ---- Stage 1, SPOT's own pretext ----------------------------------------------------------------
+
+def random_spans(mask, generator):
+    """Two random spans of each video without a common step, as B records.
+
+    mask  (B, T)"""
+    draws = draws_of_batch((len(mask), 4), generator=generator).sort(1).values
+    edges = (draws.to(mask.device) * mask.sum(1, keepdim=True)).floor()
+    labels = torch.arange(2, device=mask.device)
+    return [{"segments": row.reshape(2, 2), "labels": labels, "rejected": row.new_zeros(0, 2)}
+            for row in edges]
+
+
+def swap_halves(x, mask, swapped):
+    """x (B, T, D) with the halves of the videos swapped for which `swapped` (B,) holds."""
+    T = mask.shape[1]
+    length = mask.sum(1, keepdim=True)
+    step = torch.arange(T, device=x.device)
+    moved = (step + length // 2) % length
+    return rows_at(x, torch.where(swapped[:, None] & mask, moved, step))
+
+
+def pretext_losses(detector, batch, s, generator):
+    """The losses of SPOT's pretext of a batch, which reads no label: {"mask", "order", "feature"}.
+
+    The public code takes the mask of the whole video, not of the one whose other steps are erased,
+    lets spans pile up over a batch, and erases on a scale from 0 to 1; here 0 is the mean."""
+    mask = batch["mask"].to(s.device)
+    feats = batch["feats"].to(s.device)
+    spans = random_spans(mask, generator)
+    W = detector.window
+    truth = torch.stack([targets(record, W, 2)[1] for record in spans])  # (B, W, W)
+    kept = truth.any(2)[:, :mask.shape[1]]
+    cropped = batch | {"feats": feats * kept[..., None]}
+    outputs = evaluate.forward(detector, cropped, s)
+    inside = outputs.steps[:, 0]
+    swapped = draws_of_batch((len(mask),), generator=generator).to(s.device) < 0.5
+    turned = swap_halves(feats, mask, swapped)
+    logits, x = evaluate.forward(detector.order, batch | {"feats": turned}, s)
+    parts = {
+        "mask": mask_loss(outputs.maps[:, 0], truth, inside[..., None] & inside[:, None]),
+        "order": F.cross_entropy(logits, (~swapped).long()),
+        "feature": feature_loss(x, turned, mask),
+    }
+    return {key: sum_of_all(part / process_count()) for key, part in parts.items()}
+
+
+def pretext(run, rng):
+    """An epoch of SPOT's pretext on all training videos, in the place of ACP."""
+    videos = [data.blind(video) for video in run.data.labelled + run.data.unlabelled]
+    for batch in train.batches_of(run, videos, rng):
+        parts = pretext_losses(run.detector, batch, run.s, run.generator)
+        train.advance(run, sum(parts.values()), parts, batch["ids"])
+
+
+# ---- Stage 3, SPOT's own ------------------------------------------------------------------------
+
+def learn_from_maps(run, rng):
+    """An epoch of SPOT's stage 3: labelled videos, and unlabelled ones by their pseudo maps."""
+    labelled = train.batches_of(run, run.data.labelled, rng)
+    for batch, other in zip(labelled, train.batches_of(run, run.data.unlabelled, rng)):
+        sup = train.batch_losses(run, batch, data.ground_truth(batch), "labelled")
+        unsup = train.batch_losses(run, other, [{} for _ in other["id"]], "unlabelled")
+        parts = sup | {f"unsup_{key}": value for key, value in unsup.items()}
+        loss = train.objective(sup, unsup, run.s)
+        train.advance(run, loss, parts, batch["ids"] + other["ids"])
+
+
+# ---- Settings -----------------------------------------------------------------------------------
+
+PRESET = {  # beside those of data.PRESETS
+    "acp_after": "none",  # ACP stands in the place of SPOT's pretext, in stage 1 alone
+    "min_score": 1e-4,
+    "nms_sigma": 0.4,
+    "vote": 0.0,
+    "lr": 1e-3,
+    "lambda_reg": 1.0,
+    "lambda_quality": 1.0,
+    "lambda_u": 1.0,
+    "t_plus": 1.0,  # the losses are means already
+    "t_plus_momentum": 1.0,
+}
+OWN = {  # a user's own data, with many actions a video
+    "smooth": 1,
+    "around": 0.25,
+    "max_steps": 128,
+    "supervised_steps": 800,
+}
+PRESETS = {
+    "activitynet": {
+        "extension": ".csv",
+        "stride": 0.0,  # rows that lie over the whole video, as BSN has made them
+        "resize": 100,
+        "max_steps": 100,
+        "crop_min": 1.0,
+        "pretrain_epochs": 30,
+        "supervised_epochs": 9,
+        "supervised_steps": 0,
+        "position": False,
+    },
+    "thumos": {"max_steps": 256},
+}
+MOST_STEPS = 512  # of a window: a map has as many rows and columns
+
+
+@dataclass(frozen=True)
+class Settings(train.Settings):
+    """train.py's settings and SPOT's."""
+    since = "pretrain"
+    heading = "this detector's own"
+    acp: OneOf((*ACP, "pretext"), "contrasts of Eq. (11) in stage 1, or SPOT's own pretext; none "
+               "leaves stage 1 out [S]") = "coarse+fine"
+    acp_after: OneOf(("none", "labelled", "labelled+unlabelled"), "where L_acp goes on after stage "
+                     "1 [S: none]") = "none"
+    alqa: OneOf(("none",), "SPOT has no quality branches") = "none"
+    mask_hidden: Width("hidden width of the mask head [P]") = 256
+    pseudo: OneOf(("maps", "labels"), "what unlabelled videos teach by in stage 3: what the "
+                  "detector says of them, or the pseudo labels of train.py [P]") = "maps"
+    theta_class: Share("class score from which a step of a pseudo map teaches [P; there unused: it "
+                       "takes every step]") = 0.95
+    theta_mask: Share("number from which a pair of a pseudo map is of one action [P]") = 0.7
+    smooth: Blocks("steps to either side that detection averages classes and masks over [P: 0]") = 0
+    around: Share("what is around a run and taken off its score, as a share of it [P: 0]") = 0.0
+
+    TRAIN = EVALUATE = "python -m extras.spot"
+    FIRST = tuple(name for name in train.Settings.FIRST if name != "channels")
+    UNUSED = (  # of ActionFormer's network and of the losses of points
+        "channels", "heads", "windows", "ranges", "stem", "drop_path", "offset_bias",
+        "tnd_bias", "eps", "quality_form", "soft_label", "beta", "label_smoothing", "focal_alpha",
+        "focal_gamma", "radius")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.window() > MOST_STEPS:
+            raise BadInput(f"a window of {self.window()} steps has too large a map: setting "
+                           f"max_steps, or resize, must be at most {MOST_STEPS}")
+        if self.acp == "pretext" and self.acp_after != "none":
+            raise BadInput("setting acp_after: L_acp does not go on after another pretext than ACP")
+        if self.pseudo == "maps" and "unlabelled" in self.acp_after.split("+"):
+            raise BadInput("setting acp_after: L_acp of unlabelled videos needs instances, and "
+                           "pseudo maps are none: --acp-after labelled, or --pseudo labels")
+
+    @classmethod
+    def preset(cls, dataset, paper=False):
+        """What --dataset changes, and --paper."""
+        own = OWN if dataset not in PRESETS else {}
+        return super().preset(dataset, paper) | PRESET | own | PRESETS.get(dataset, {})
+
+    def window(self):
+        """The steps W of a window."""
+        return self.resize or self.max_steps
+
+    def build(self, dim, num_classes):
+        """The detector of these settings."""
+        return Detector(dim, num_classes, self)
+
+    def epochs(self):
+        """What does an epoch of each stage that is not done in train.py's way."""
+        own = {"pretrain": pretext} if self.acp == "pretext" else {}
+        return own | ({"joint": learn_from_maps} if self.pseudo == "maps" else {})
+
+    def losses(self, outputs, instances, num_classes):
+        """The losses of a batch: what alqa.alqa_losses() gives."""
+        return batch_losses(outputs, instances, num_classes, self)
+
+    def can_learn(self, detector, video, num_classes):
+        """Whether a step of a LabelledVideo is in an action."""
+        return bool(video.on_a_step().any())
+
+
+def main(argv=None):
+    """The command line; returns the exit code, 2 for bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--checkpoint" in argv:
+        return evaluate.main(argv, Settings)
+    return train.main(argv, Settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
