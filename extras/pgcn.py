@@ -46,7 +46,7 @@ from extras import bmn
 from plumbing import checks, forms, settings
 from plumbing.files import read_json
 from plumbing.processes import draws_of_batch, process_count, sum_of_all
-from plumbing.settings import ShareBelow1, Text, Width
+from plumbing.settings import OneOf, ShareBelow1, Text, Width
 from plumbing.words import BadInput, refuse, several, short
 
 CONTEXT = 0.5  # what is seen on either side, as a share of the proposal [P]
@@ -76,12 +76,14 @@ def padded(proposals):
     return pad_sequence([*proposals, one], batch_first=True)[:-1], mask[:-1]
 
 
-def pooled(feats, segments):
-    """The features (T, C) of segments (N, 2) before, inside and after each: (N, 3 * C)."""
+def pooled(feats, segments, pool):
+    """The features (T, C) of segments (N, 2) before, inside and after each: (N, 3 * C).
+
+    pool  as icd.pool_instances() takes it"""
     start, end = segments.T
     around = CONTEXT * (end - start)
     parts = ((start - around, start), (start, end), (end, end + around))
-    return torch.cat([icd.pool_instances(feats, torch.stack(part, 1), "max") for part in parts], 1)
+    return torch.cat([icd.pool_instances(feats, torch.stack(part, 1), pool) for part in parts], 1)
 
 
 # ---- The graph ----------------------------------------------------------------------------------
@@ -173,10 +175,13 @@ class Graph(nn.Module):
         itself = torch.arange(P, device=x.device).expand(B, P)[..., None]
         firsts = torch.cat([itself, neighbours[:, :, 0]], 2)  # (B, P, 5)
         nodes = torch.cat([firsts[..., None], neighbours], 3)  # (B, P, 5, 5)
-        weight = edges(x, nodes)[..., None]
-        rows = acp.rows_at(x @ self.gc1.weight, nodes.flatten(1)).unflatten(1, nodes.shape[1:])
-        h = F.relu((weight * rows).sum(3) + self.gc1.bias)  # (B, P, 5, hidden)
-        h = (weight[:, :, 0] * self.dropout(h)).sum(2)
+        weight = edges(x, nodes)
+        rows = (x @ self.gc1.weight).flatten(0, 1)  # of all videos: those of a video begin at b * P
+        index = nodes + P * torch.arange(B, device=x.device)[:, None, None, None]
+        sums = F.embedding_bag(index.flatten(0, 2), rows, mode="sum",
+                               per_sample_weights=weight.flatten(0, 2))
+        h = F.relu(sums + self.gc1.bias).view(B, P, NEIGHBOURS + 1, -1)
+        h = (weight[:, :, 0, :, None] * self.dropout(h)).sum(2)
         return torch.cat([h @ self.gc2.weight + self.gc2.bias, x], -1)
 
 
@@ -231,7 +236,7 @@ class Detector(nn.Module):
     def __init__(self, dim_in, num_classes, s):
         super().__init__()
         self.most = s.most
-        self.input_dropout = s.input_dropout
+        self.pool = s.pool
         self.Act_GCN = Graph(dim_in, s.hidden, s.graph_dropout)
         self.Comp_GCN = Graph(3 * dim_in, s.hidden, s.graph_dropout)
         self.dropout = nn.Dropout(s.activity_dropout)
@@ -271,9 +276,9 @@ class Detector(nn.Module):
         """
         lengths = mask.sum(1).tolist()
         parts = zip(feats, lengths, proposals)
-        seen = [pooled(x[:length], segments) for x, length, segments in parts]
+        seen = [pooled(x[:length], segments, self.pool) for x, length, segments in parts]
         around = pad_sequence([*seen, feats.new_zeros(1, 3 * feats.shape[2])], batch_first=True)
-        around = F.dropout(around[:-1].float(), self.input_dropout, self.training)  # (B, P, 3 * D)
+        around = around[:-1].float()  # (B, P, 3 * D)
         inside = around.chunk(3, -1)[1]
         segments, some = padded(proposals)
         found = candidates(segments, some)
@@ -428,6 +433,7 @@ PRESET = {  # beside those of data.PRESETS
     "t_plus_momentum": 1.0,
 }
 OWN = {  # a user's own data: few labelled videos, a hundred proposals each
+    "pool": "mean",  # where standardised features have signs
     "sets": 8,
     "graph_dropout": 0.5,
     "activity_dropout": 0.5,
@@ -452,6 +458,7 @@ class Settings(train.Settings, ProposalSettings):
     since = "pretrain"
     heading = "this detector's own"
     hidden: Width("hidden width of a graph") = 512
+    pool: OneOf(("max", "mean"), "pooling of a proposal's features over time") = "max"
     graph_dropout: ShareBelow1("dropout of the hidden layer of a graph") = 0.7
     activity_dropout: ShareBelow1("dropout before the class of a proposal") = 0.8
     most: Width("proposals of a video, the best first [J]") = 300
@@ -462,7 +469,7 @@ class Settings(train.Settings, ProposalSettings):
     GIVEN = ("proposals",)
     UNUSED = (  # of ActionFormer's network and of the losses of points
         "channels", "heads", "windows", "ranges", "stem", "drop_path", "position", "offset_bias",
-        "soft_label", "beta", "label_smoothing", "focal_alpha", "focal_gamma",
+        "input_dropout", "soft_label", "beta", "label_smoothing", "focal_alpha", "focal_gamma",
         "radius")
 
     def __post_init__(self):
