@@ -15,7 +15,7 @@ import acp
 import data
 import train
 from evaluate import forward
-from extras import bmn
+from extras import bmn, pgcn
 from plumbing import checkpoints
 from plumbing.files import read_json, write_json
 from plumbing.runs import guard
@@ -31,7 +31,8 @@ def read_run(folder):
     BadInput.
     -> s, dataset, {"before": Detector, "after": Detector}"""
     config = read_json(folder / "config.json", "a run's file of settings")
-    kind = bmn.Settings if bmn.Settings.__annotations__.keys() <= config.keys() else train.Settings
+    kind = next((detector.Settings for detector in (bmn, pgcn)
+                 if detector.Settings.__annotations__.keys() <= config.keys()), train.Settings)
     checkpoint = checkpoints.load(folder / "checkpoint.pt", kind)
     s = kind(**checkpoint["settings"])
     dataset = data.training_data(s)

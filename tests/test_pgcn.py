@@ -2,6 +2,8 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +16,17 @@ import model
 import train
 from extras import bmn, pgcn, tables, viewer
 from plumbing import arguments, public
-from tests.helpers import SHARED, finished, needs_shared, own_argv, read_result, same, weights
+from tests.helpers import (
+    ROOT,
+    SHARED,
+    finished,
+    needs_shared,
+    own_argv,
+    read_log,
+    read_result,
+    same,
+    weights,
+)
 from tests.test_extras import table_argv
 from tests.test_people import assert_found
 from tests.test_train import ENDS, STEP, stopped
@@ -260,7 +272,7 @@ def test_the_graph_is_two_products_with_its_adjacency():
     neighbours = torch.randint(0, 7, (1, 7, 5, 4))
     out = graph(x, neighbours)
     for root in range(7):
-        nodes = [root, *neighbours[0, root, 0].tolist(), *neighbours[0, root, 1:].flatten().tolist()]
+        nodes = [root, *neighbours[0, root].flatten().tolist()]
         A = torch.zeros(21, 21)
         for i in range(5):
             A[i, i] = 1
@@ -466,3 +478,164 @@ def test_a_run_goes_on_where_it_was_killed(whole, tmp_path):
     assert stopped(lambda: pgcn.main(argv), tmp_path / "stderr", kill, STEP, 7) == code
     assert main("--resume", tmp_path / "run") == 0
     assert same(weights(whole / "run"), weights(tmp_path / "run"))
+
+
+def test_two_processes_with_half_the_batch_follow_one(own):
+    write_proposals(own)
+    more = ("--theta-l", 0.0, "--log-every", 1, "--graph-dropout", 0, "--activity-dropout", 0,
+            "--ratio", 0.5, "--joint-epochs", 1)
+    assert main(*argv_of(own, *more, "--batch", 4, "--out", own / "one")) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+               "2", "-m", "extras.pgcn", *argv_of(own, *more, "--batch", 2, "--out", own / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    one, two = ([row for row in read_log(own / name) if "loss" in row] for name in ("one", "two"))
+    assert len(one) == len(two) > 3
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], rel=0.1)
+
+
+def test_acp_contrasts_the_first_layer_of_single_steps(own):
+    write_proposals(own)
+    more = ("--acp", "coarse+fine", "--acp-after", "labelled", "--stage", "supervised")
+    assert main(*argv_of(own, *more)) == 0
+    assert {row["stage"] for row in read_log(own / "run")} == {"pretrain", "supervised"}
+    detector, x = small().build(4, 3), torch.randn(2, 6, 4)
+    mask = (torch.arange(6) < torch.tensor([[6], [4]]))
+    (level,), (same_mask,) = detector.pyramid(x, mask)
+    assert torch.allclose(level[0], detector.Act_GCN.first(x[0]))
+    assert not level[1, 4:].any()
+    assert torch.equal(same_mask, mask)
+
+
+def test_proposals_follow_crops_and_an_unlabelled_videos_carry_no_label(own):
+    write_proposals(own)
+    s = arguments.settings_of([str(word) for word in argv_of(own)], pgcn.Settings)
+    d = data.training_data(s)
+    video = d.unlabelled[0]
+    proposals = s.proposals_of(video)
+    assert not hasattr(video, "labels")
+    assert proposals.shape == (16, 2)
+    seconds = torch.tensor(s.found[video.id])
+    assert torch.allclose(video.in_seconds(proposals).float(), seconds.float(), atol=1e-4)
+    item = data.load_item(video, d, s)
+    crop = item | {"feats": item["feats"][10:40], "start": 10}
+    batch = data.collate([crop, item])
+    assert "labels" not in batch and "segments" not in batch
+    part, all_of_them = s.apply(lambda feats, mask, found: found, batch)
+    assert torch.equal(all_of_them, proposals)
+    expected, inside = data.crop_segments(proposals, video, 10, 30, s.crop_keep)
+    assert torch.equal(part, expected[inside])
+    assert 0 < len(part) < 16
+    best = arguments.settings_of([str(word) for word in argv_of(own, "--most", 3)], pgcn.Settings)
+    assert torch.equal(best.proposals_of(video), proposals[:3])
+
+
+def gone(name):
+    return lambda content: content["results"].pop(name)
+
+
+def of_video(name, found):
+    return lambda content: content["results"].update({name: found})
+
+
+def every(function):
+    """A change of each proposal: function(proposal)."""
+    return lambda content: [function(p) for found in content["results"].values() for p in found]
+
+
+@pytest.mark.parametrize("change, words", [
+    (gone("v3"), ["p.json, video v3: it has no proposals", "--proposals FILE"]),
+    (lambda content: content["results"].clear(), ["no proposals", "14 videos have such faults"]),
+    (of_video("v4", [{"segment": [1, "x"], "score": 1}]), ["p.json, video v4", "'x'"]),
+    (of_video("v4", [{"segment": [3, 2], "score": 1}]), ["v4", "[3.0, 2.0] ends before"]),
+    (of_video("v4", [{"segment": [3, 4]}]), ["v4", "a score must be a number, not None"]),
+    (of_video("v4", [{"segment": [3, 3], "score": 1}]), ["v4", "is empty", "--bad-segments skip"]),
+    (of_video("v4", [{"segment": [300, 400], "score": 1}]), ["v4", "outside the video", "32.5"]),
+    (of_video("v4", {"a": 1}), ["v4", "must list predictions"]),
+    (every(lambda p: p.update(segment=[28.0, 30.0])), ["9 of 9 labelled", "nothing to learn"]),
+    (lambda content: content.pop("results"), ['no "results"']),
+])
+def test_proposals_that_cannot_be_used_are_one_sentence(own, capsys, change, words):
+    write_proposals(own, change)
+    assert main(*argv_of(own)) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1
+    for word in words:
+        assert word in text
+    assert not (own / "run").exists()
+
+
+@pytest.mark.parametrize("change, words", [
+    (of_video("v4", []), "1 videos have an empty list of proposals: v4"),
+    (of_video("stray", []), "1 videos are none of this run: stray"),
+    (lambda content: content.update(labelled=["v0", "v12"]), "has seen the labels of"),
+    (of_video("v4", [{"segment": [300, 400], "score": 1}]), ""),
+])
+def test_odd_proposals_are_warnings(own, capsys, change, words):
+    write_proposals(own, change)
+    assert main(*argv_of(own, "--check", "--bad-segments", "skip")) == 0
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more, words", [
+    (("--proposals", ""), "setting proposals is needed"),
+    (("--proposals", "absent.json"), "absent.json"),
+    (("--mixup", 0.4), "setting mixup mixes"),
+    (("--most", 0), "setting most"),
+])
+def test_bad_settings_are_refused(own, capsys, more, words):
+    write_proposals(own)
+    assert main(*argv_of(own, *more)) == 2
+    text = capsys.readouterr().err
+    assert words in text and text.count("\n") == 1
+
+
+def test_a_run_goes_on_with_moved_proposals_but_not_with_others(whole, capsys):
+    moved = whole / "moved.json"
+    moved.write_bytes((whole / "p.json").read_bytes())
+    assert main("--resume", whole / "run", "--proposals", moved, "--check") == 0
+    content = read_result(moved)
+    content["results"]["v5"] = content["results"]["v5"][1:]
+    moved.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert main("--resume", whole / "run", "--proposals", moved, "--check") == 2
+    assert "is of other data: 1 videos" in capsys.readouterr().err
+
+
+def test_bmn_writes_the_proposals_of_all_videos_of_its_run(own, tmp_path, capsys):
+    tiny = ("--hidden", 8, "--map-wide", 8, "--map-width", 4, "--samples", 4, "--max-steps", 40)
+    words = own_argv(own, "--acp", "none", *tiny, "--stage", "supervised", "--out", own / "bmn")
+    assert bmn.main(words) == 0
+    of_bmn = ("--export-proposals", own / "q.json", "--checkpoint", own / "bmn")
+    assert bmn.main([str(word) for word in of_bmn]) == 0
+    content = read_result(own / "q.json")
+    assert set(content["results"]) == {f"v{i}" for i in range(14)}
+    assert content["labelled"] == read_result(own / "bmn/split.json")["labelled"]
+    found = bmn.read_proposals(own / "q.json")
+    assert all(len(segments) > 20 for segments in found.values())
+    argv = argv_of(own, "--proposals", own / "q.json", "--stage", "supervised")
+    assert main(*argv) == 0
+    assert "has seen" not in capsys.readouterr().err
+    new = [*of_bmn, "--features", own / "features/v12.npy"]
+    assert bmn.main([str(word) for word in new]) == 0
+    again = bmn.read_proposals(own / "q.json")
+    assert set(again) == {"v12"}
+    assert np.allclose(again["v12"], found["v12"], atol=1e-4)
+    (own / "features").rename(own / "elsewhere")
+    moved = [*of_bmn, "--dataset", own / "own.json", "--features", own / "elsewhere"]
+    assert bmn.main([str(word) for word in moved]) == 0
+    assert len(bmn.read_proposals(own / "q.json")) == 14
+    for argv, word in ((of_bmn[:2], "--checkpoint"), (of_bmn, "no folder")):
+        assert bmn.main([str(part) for part in argv]) == 2
+        assert word in capsys.readouterr().err
+
+
+def test_the_table_of_p_gcn(own, capsys):
+    write_proposals(own)
+    (own / "p.json").rename(own / "p0.json")
+    epochs = ("--supervised-epochs", 1, "--joint-epochs", 1)
+    argv = table_argv(own, *TINY, *epochs, "--proposals", own / "p{seed}.json", "--seeds", 1)
+    assert tables.main(["S8", *argv]) == 0
+    text = capsys.readouterr().out
+    for name, *_ in tables.ROWS["S8"]:
+        assert f"| {name} |" in text
