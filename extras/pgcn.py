@@ -1,10 +1,8 @@
 """APL on a detector that judges another's proposals, P-GCN (Zeng et al. 2019): Table S8.
 
-    python -m extras.bmn --export-proposals FILE --checkpoint runs/bmn     of all videos of its run
-    python -m extras.pgcn --proposals FILE --dataset my.json --features DIR ...     as train.py
+    python -m extras.pgcn --proposals FILE --dataset my.json --features DIR ...   as train.py
     python -m extras.pgcn --resume runs/my
-    python -m extras.pgcn --checkpoint runs/my --features video.npy --proposals FILE
-                                                                                    as evaluate.py
+    python -m extras.pgcn --checkpoint runs/my --features video.npy --proposals FILE   a new video
 
 A proposal is a node of a graph of its video, joined with proposals that overlap it and with near
 ones that do not. One graph network sees what happens inside a proposal and names the class
@@ -18,9 +16,11 @@ with P_tiou and P_tnd of Eq. (2) beside the regression. Pseudo labels are instan
 unlabelled video, by which the kinds of its proposals are told anew. ALQA's selection and ICD are
 those of the method's files; ACP contrasts the first layer of single steps.
 
-The proposals must come from a detector of the same labelled videos: one that has seen more labels
-brings them in. Such a detector has learned its own labelled videos by heart: there its proposals
-are better than elsewhere, which is where P-GCN learns what a whole action is.
+The proposals, of labelled, unlabelled and test videos, are those of a detector of the same labelled
+videos, as `python -m extras.bmn --export-proposals FILE --checkpoint runs/bmn` writes them: one
+that has seen more labels brings them in. But a detector knows its own labelled videos by heart.
+There, where P-GCN learns what a whole action is, are more and better proposals of each action and
+fewer wrong ones than elsewhere, so that completeness and P_tiou come out too sure.
 
 Letters as in model.py, P being the proposals of a video, and R the drawn roots of a video. [P] is
 the public P-GCN's, [J] neither that nor the paper's.
@@ -258,7 +258,7 @@ class Detector(nn.Module):
         return [self.Act_GCN.first(feats) * mask[..., None]], [mask]
 
     def quality(self, h):
-        """Eq. (2), as model.QualityBranches has it: h (B, P, C) -> P_tiou, P_tnd, two (B, P)."""
+        """What model.QualityBranches has: h (B, P, C) -> P_tiou, P_tnd, two (B, P)."""
         P_tiou = torch.sigmoid(self.tiou(h)[..., 0]) if self.tiou else torch.ones_like(h[..., 0])
         P_tnd = torch.sigmoid(self.tnd(h)[..., 0]) if self.tnd else torch.zeros_like(h[..., 0])
         return P_tiou, P_tnd
@@ -420,6 +420,34 @@ def batch_losses(outputs, instances, s):
     return {key: sum_of_all(part / process_count()) for key, part in parts.items()}
 
 
+# ---- A look at the proposals of a run -----------------------------------------------------------
+
+def odd_proposals(found, dataset, s):
+    """Yield warnings about the proposals {id: (N, 2)} of a Dataset; raises BadInput where no
+    labelled instance has a good one."""
+    where = f"prediction file {short(s.proposals, 150)}:"
+    empty = [name for name, segments in found.items() if len(segments) == 0]
+    if empty:
+        yield f"{where} {len(empty)} videos have an empty list of proposals: {several(empty)}"
+    others = [name for name in s.found if not {name, name.removeprefix("v_")} & found.keys()]
+    if others:
+        yield f"{where} {len(others)} videos are none of this run: {several(others, 2)}"
+    seen = read_json(s.proposals, "prediction file").get("labelled", [])
+    more = [video.id for video in dataset.unlabelled + dataset.test if video.id in seen]
+    if more:
+        yield (f"{where} the detector that made them has seen the labels of {len(more)} videos "
+               f"that are not labelled here: {several(more)}")
+    best = [F.pad(model.tiou(video.segments[:, None], found[video.id]), (0, 1)).amax(1)
+            for video in dataset.labelled]
+    bad = torch.cat(best) <= IS_ACTION
+    told = (f"{where} {int(bad.sum())} of {len(bad)} labelled instances have no proposal of a tIoU "
+            f"over {IS_ACTION}")
+    if bad.all():
+        raise BadInput(f"{told}: there is nothing to learn from them")
+    if bad.any():
+        yield told
+
+
 # ---- Settings -----------------------------------------------------------------------------------
 
 PRESET = {  # beside those of data.PRESETS
@@ -516,6 +544,8 @@ class Settings(train.Settings, ProposalSettings):
     def look(self, dataset):
         """Yield warnings about the proposals of a Dataset, whose fingerprint gets their numbers;
         raises BadInput where a video has none, or no labelled one a good one."""
+        if not self.found:
+            raise BadInput(f"prediction file {short(self.proposals, 150)} has no proposals")
         found = {}
         faults = {}
         for video in dataset.labelled + dataset.unlabelled + dataset.test:
@@ -539,32 +569,6 @@ class Settings(train.Settings, ProposalSettings):
     def can_learn(self, detector, video, num_classes):
         """Whether a LabelledVideo has an action; look() knows of its proposals."""
         return len(video.labels) > 0
-
-
-def odd_proposals(found, dataset, s):
-    """Yield warnings about the proposals {id: (N, 2)} of a Dataset; raises BadInput where no
-    labelled instance has a good one."""
-    where = f"prediction file {short(s.proposals, 150)}:"
-    empty = [name for name, segments in found.items() if len(segments) == 0]
-    if empty:
-        yield f"{where} {len(empty)} videos have an empty list of proposals: {several(empty)}"
-    others = [name for name in s.found if not {name, name.removeprefix("v_")} & found.keys()]
-    if others:
-        yield f"{where} {len(others)} videos are none of this run: {several(others, 2)}"
-    seen = read_json(s.proposals, "prediction file").get("labelled", [])
-    more = [video.id for video in dataset.unlabelled + dataset.test if video.id in seen]
-    if more:
-        yield (f"{where} the detector that made them has seen the labels of {len(more)} videos "
-               f"that are not labelled here: {several(more)}")
-    best = [F.pad(model.tiou(video.segments[:, None], found[video.id]), (0, 1)).amax(1)
-            for video in dataset.labelled]
-    bad = torch.cat(best) <= IS_ACTION
-    told = (f"{where} {int(bad.sum())} of {len(bad)} labelled instances have no proposal of a tIoU "
-            f"over {IS_ACTION}")
-    if bad.all():
-        raise BadInput(f"{told}: there is nothing to learn from them")
-    if bad.any():
-        yield told
 
 
 # ---- The command line ---------------------------------------------------------------------------
