@@ -22,7 +22,7 @@ that has seen more labels brings them in. But a detector knows its own labelled 
 There, where P-GCN learns what a whole action is, are more and better proposals of each action and
 fewer wrong ones than elsewhere, so that completeness and P_tiou come out too sure.
 
-Letters as in model.py, P being the proposals of a video, and R the drawn roots of a video. [P] is
+Letters as in model.py, P being the proposals of a video, each the root of its own graph. [P] is
 the public P-GCN's, [J] neither that nor the paper's.
 """
 import sys
@@ -453,7 +453,6 @@ def odd_proposals(found, dataset, s):
 PRESET = {  # beside those of data.PRESETS
     "acp": "none",
     "acp_after": "none",
-    "theta_l": 0.1,
     "vote": 0.0,
     "lr": 1e-3,
     "lambda_reg": 1.0,
@@ -461,11 +460,12 @@ PRESET = {  # beside those of data.PRESETS
     "t_plus_momentum": 1.0,
 }
 OWN = {  # a user's own data: few labelled videos, a hundred proposals each
+    "theta_l": 0.2,  # proposals repeat an action, or lie beside it, with a lower score
+    "hidden": 128,
     "pool": "mean",  # where standardised features have signs
     "sets": 8,
     "graph_dropout": 0.5,
     "activity_dropout": 0.5,
-    "supervised_steps": 800,
 }
 PUBLISHED = ("thumos", "activitynet", "epic-verb", "epic-noun")
 
