@@ -68,12 +68,12 @@ OF_COMPLETENESS, OF_REGRESSION = 0.5, 0.5  # weights of these losses [P]
 
 # ---- Proposals ----------------------------------------------------------------------------------
 
-def padded(proposals):
-    """Proposals of videos, B x (N, 2), as one tensor (B, P, 2), P >= 1, and which are some (B, P).
-    """
-    one = torch.ones(1, 2, device=proposals[0].device)  # one more video, left out: P >= 1
-    mask = pad_sequence([part[:, 0] < torch.inf for part in (*proposals, one)], batch_first=True)
-    return pad_sequence([*proposals, one], batch_first=True)[:-1], mask[:-1]
+def padded(rows):
+    """Rows of videos, B x (N, F), as one tensor (B, P, F), P >= 1, and which are some (B, P)."""
+    one = rows[0].new_ones(1, rows[0].shape[1])
+    parts = [*rows, one]  # of one more video, so that P >= 1; it is left out again
+    some = [torch.ones_like(part[:, 0]).bool() for part in parts]
+    return pad_sequence(parts, batch_first=True)[:-1], pad_sequence(some, batch_first=True)[:-1]
 
 
 def pooled(feats, segments, pool):
@@ -277,10 +277,9 @@ class Detector(nn.Module):
         lengths = mask.sum(1).tolist()
         parts = zip(feats, lengths, proposals)
         seen = [pooled(x[:length], segments, self.pool) for x, length, segments in parts]
-        around = pad_sequence([*seen, feats.new_zeros(1, 3 * feats.shape[2])], batch_first=True)
-        around = around[:-1].float()  # (B, P, 3 * D)
+        around, some = padded(seen)  # (B, P, 3 * D)
         inside = around.chunk(3, -1)[1]
-        segments, some = padded(proposals)
+        segments, _ = padded(proposals)
         found = candidates(segments, some)
         neighbours = chosen_neighbours(found, self.training, self.most)
         with torch.autocast(feats.device.type, enabled=False):
