@@ -285,9 +285,9 @@ def test_the_graph_is_two_products_with_its_adjacency():
 
 
 def test_features_are_pooled_before_inside_and_after():
-    feats = torch.arange(12.0)[:, None].sin()
-    before, inside, after = pgcn.pooled(feats, torch.tensor([[3.0, 7.0]]), "max")[0]
-    assert (before, inside, after) == (feats[1:4].max(), feats[3:8].max(), feats[7:10].max())
+    feats = torch.arange(12.0)[:, None]
+    for pool, expected in (("mean", [2, 5, 8]), ("max", [3, 7, 9])):
+        assert pgcn.pooled(feats, torch.tensor([[3.0, 7.0]]), pool).tolist() == [expected]
     assert pgcn.pooled(feats, NOTHING, "mean").shape == (0, 3)
 
 
@@ -373,6 +373,16 @@ def test_perfect_proposals_give_the_ground_truth():
     assert losses["cls"].item() == pytest.approx(0, abs=1e-4)
     wrong = pgcn.batch_losses(perfect(proposals, [0, 2, 2, 1]), truth, s)
     assert wrong["cls"] > 10
+
+
+def test_the_class_score_is_that_of_both_graphs_and_the_best_class_moves_the_ends():
+    out = perfect([(10, 20)], [0], 2)._replace(
+        activity=torch.tensor([[[0.25, 0.5, 0.25]]]).log(),
+        completeness=torch.tensor([[[-1.0, 2.0]]]),
+        offsets=torch.tensor([[[[0.0, 0.0], [0.2, math.log(2)]]]]))
+    low, high = 1 / (1 + math.e), 1 / (1 + math.exp(-2))
+    assert torch.allclose(out.p_cls(), torch.tensor([[[0.5 * low, 0.25 * high]]]))
+    assert torch.allclose(out.segments(), torch.tensor([[[7.0, 27.0]]]))
 
 
 def bce_by_hand(p, y):
