@@ -269,7 +269,7 @@ class Detector(nn.Module):
         spread = h.new_tensor(SPREAD)
         offsets = self.regressor_fc(h).unflatten(-1, (-1, 2)) * spread
         activity = self.activity_fc(self.dropout(of_activity))
-        return activity, self.completeness_fc(h), offsets, *self.quality(h)
+        return activity, self.completeness_fc(h), offsets, *self.quality(self.dropout(h))
 
     def forward(self, feats, mask, proposals):
         """feats (B, T, D), mask (B, T), proposals B x (N, 2) in grid steps -> Outputs; in float32.
@@ -459,7 +459,7 @@ PRESET = {  # beside those of data.PRESETS
     "t_plus_momentum": 1.0,
 }
 OWN = {  # a user's own data: few labelled videos, a hundred proposals each
-    "theta_l": 0.2,  # proposals repeat an action, or lie beside it, with a lower score
+    "theta_l": 0.1,  # a product of three numbers below 1 is small
     "hidden": 128,
     "pool": "mean",  # where standardised features have signs
     "sets": 8,
@@ -487,7 +487,7 @@ class Settings(train.Settings, ProposalSettings):
     hidden: Width("hidden width of a graph") = 512
     pool: OneOf(("max", "mean"), "pooling of a proposal's features over time") = "max"
     graph_dropout: ShareBelow1("dropout of the hidden layer of a graph") = 0.7
-    activity_dropout: ShareBelow1("dropout before the class of a proposal") = 0.8
+    activity_dropout: ShareBelow1("dropout before the class of a proposal, and its quality [J]") = 0.8
     most: Width("proposals of a video, the best first [J]") = 300
     sets: Width("sets of 8 proposals that a video draws a step") = 1
 
