@@ -487,7 +487,7 @@ class Settings(train.Settings, ProposalSettings):
     hidden: Width("hidden width of a graph") = 512
     pool: OneOf(("max", "mean"), "pooling of a proposal's features over time") = "max"
     graph_dropout: ShareBelow1("dropout of the hidden layer of a graph") = 0.7
-    activity_dropout: ShareBelow1("dropout before the class of a proposal, and its quality [J]") = 0.8
+    activity_dropout: ShareBelow1("dropout before the class of a proposal; its quality [J]") = 0.8
     most: Width("proposals of a video, the best first [J]") = 300
     sets: Width("sets of 8 proposals that a video draws a step") = 1
 
