@@ -256,6 +256,7 @@ def test_neighbours_are_those_of_a_loop_over_all_others():
         assert found[0, node].tolist() == candidates_by_hand(segments[0], valid[0], node)
     fixed = pgcn.chosen_neighbours(found, False, 30)[0]
     drawn = pgcn.chosen_neighbours(found, True, 30)[0]
+    assert not torch.equal(drawn, fixed)
     for node in range(19):
         mine = found[0, node].tolist()
         assert fixed[node, 0].tolist() == [mine[i] for i in (0, 1, 2, 8)]
@@ -282,6 +283,15 @@ def test_the_graph_is_two_products_with_its_adjacency():
         h = torch.relu(A @ x[0, nodes] @ graph.gc1.weight + graph.gc1.bias)
         expected = (A @ h @ graph.gc2.weight + graph.gc2.bias)[0]
         assert torch.allclose(out[0, root], torch.cat([expected, x[0, root]]), atol=1e-5)
+
+
+def test_training_drops_hidden_numbers_and_the_tnd_branch_starts_low():
+    neighbours, x = torch.zeros(1, 1, 5, 4).long(), torch.ones(1, 1, 3)
+    graph = pgcn.Graph(3, 50, 0.5)
+    assert not torch.equal(graph(x, neighbours), graph(x, neighbours))
+    graph.eval()
+    assert torch.equal(graph(x, neighbours), graph(x, neighbours))
+    assert small(tnd_bias=-3.0).build(4, 3).tnd.bias.item() == -3
 
 
 def test_features_are_pooled_before_inside_and_after():
@@ -536,6 +546,11 @@ def test_proposals_follow_crops_and_an_unlabelled_videos_carry_no_label(own):
     assert 0 < len(part) < 16
     best = arguments.settings_of([str(word) for word in argv_of(own, "--most", 3)], pgcn.Settings)
     assert torch.equal(best.proposals_of(video), proposals[:3])
+    name = video.id
+    write_proposals(own, lambda content: content["results"].update(
+        {f"v_{name}": content["results"].pop(name)}))  # as ActivityNet's lists have it
+    again = arguments.settings_of([str(word) for word in argv_of(own)], pgcn.Settings)
+    assert torch.equal(again.proposals_of(video), proposals)
 
 
 def gone(name):
