@@ -75,6 +75,10 @@ class DetectorSettings(settings.CheckedSettings):
         """The attention windows [int] and regression ranges [(low, high)], one of each a level."""
         return settings.levels_of(self.windows, self.ranges)
 
+    def apply(self, network, batch):
+        """The network's output for a batch; here, so that another detector may be given more."""
+        return network(batch["feats"].to(self.device), batch["mask"].to(self.device))
+
 
 # ---- Segments: one tIoU and one tND for all -----------------------------------------------------
 
@@ -483,7 +487,7 @@ def forward(network, batch, s):
     network: a Detector, or its method pyramid() where the heads are not needed."""
     kind = torch.device(s.device).type
     with torch.autocast(kind, torch.bfloat16, enabled=s.precision == "bfloat16"):
-        return network(batch["feats"].to(s.device), batch["mask"].to(s.device))
+        return s.apply(network, batch)
 
 
 # ---- Targets, decoding, suppression -------------------------------------------------------------

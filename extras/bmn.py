@@ -4,6 +4,8 @@
     python -m extras.bmn --resume runs/my
     python -m extras.bmn --checkpoint runs/my --features video.npy  as evaluate.py
     python -m extras.bmn --proposals runs/my/predictions.json --gt my.json      AR@AN and its area
+    python -m extras.bmn --export-proposals FILE --checkpoint runs/my      of all videos of its run
+    python -m extras.bmn --export-proposals FILE --checkpoint runs/my --features video.npy
 
 BMN scores every pair of a start step s and an end step e: the boundary probabilities start(s) and
 end(e), and a map of two numbers, how much the pair overlaps an action (regression) and whether it
@@ -28,13 +30,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import alqa
+import data
 import evaluate
 import model
 import train
 from plumbing import forms
+from plumbing.files import write_json
 from plumbing.processes import process_count, sum_of_all
 from plumbing.runs import guard
-from plumbing.settings import NotNegative, Parser, Width
+from plumbing.settings import NotNegative, Parser, Width, parser_of
+from plumbing.sources import feature_files, whole_paths
 from plumbing.words import BadInput, say
 
 GROUPS = 4  # of the grouped convolutions [B]
@@ -563,7 +568,75 @@ def evaluate_proposals(path, annotations, subset):
     return f"{'  '.join(at)}  area {result['area']:.2f}"
 
 
+class Proposing(nn.Module):
+    """A detector whose only class is that of its proposals."""
+
+    def __init__(self, detector):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, feats, mask):
+        """The detector's Outputs, with a class score of 1."""
+        outputs = self.detector(feats, mask)
+        return outputs._replace(cls_logits=torch.full_like(outputs.cls_logits[..., :1], 20.0))
+
+
+def proposals_of_run(trained):
+    """({id: proposals}, labelled ids) of all videos of a run, best score first, in seconds.
+
+    trained  an evaluate.Localizer of Proposing"""
+    dataset = data.training_data(trained.s)
+    labelled = [data.blind(video) for video in dataset.labelled]
+    videos = labelled + dataset.unlabelled + dataset.test
+    records = evaluate.detect(trained.detector, videos, dataset, trained.s)
+    columns = {"score": "scores", "segment": "segments"}
+    return evaluate.export(videos, records, columns, {}), [video.id for video in labelled]
+
+
+def proposals_of_files(trained, path):
+    """({id: proposals}, []) of a new video's feature file, or of a folder of them."""
+    found = {}
+    for name, file in feature_files(path).items():
+        segments, _, scores = trained(file, name=name)
+        found[name] = [{"score": score, "segment": segment}
+                       for score, segment in zip(scores.tolist(), segments.tolist())]
+    return found, []
+
+
 # ---- The command line ---------------------------------------------------------------------------
+
+EXPORT = {
+    "export_proposals": (str, "file that gets the proposals, in ActivityNet's form; the ids under "
+                         "labelled are of the videos whose labels the detector has seen"),
+    "checkpoint": (str, "a run's folder, its checkpoint.pt or detector.pt"),
+    "features": (str, "new videos' feature file or folder, in place of the run's own videos; with "
+                 "--dataset, where its features lie now"),
+}
+
+
+def export_proposals(argv):
+    """The command line with --export-proposals; returns the exit code, 2 for bad input."""
+    moved = ("dataset", "root", "annotations")
+    parser = parser_of((*EXPORT, *moved, "weights", "device"), Settings, EXPORT)
+    with guard() as stop:
+        args = parser.parse_args(argv)
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        if "checkpoint" not in given:
+            raise BadInput("--export-proposals needs the run of a detector: --checkpoint")
+        new = "features" in given and not given.keys() & {*moved}
+        own = ("export_proposals", "checkpoint", *(["features"] if new else []))
+        changes = {name: value for name, value in given.items() if name not in own}
+        changes["min_score"] = 0.0  # what is no action is needed too
+        trained = evaluate.Localizer(args.checkpoint, Settings, **whole_paths(changes))
+        trained.detector = Proposing(trained.detector)
+        found, labelled = (proposals_of_files(trained, args.features) if new
+                           else proposals_of_run(trained))
+        content = forms.result_format(found, {}) | {"labelled": labelled}
+        write_json(args.export_proposals, content)
+        say(f"{args.export_proposals}: {sum(map(len, found.values()))} proposals of {len(found)} "
+            "videos")
+    return stop.code
+
 
 def show_proposals(argv):
     """The command line with --proposals; returns the exit code, 2 for bad input."""
@@ -581,6 +654,8 @@ def show_proposals(argv):
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
     argv = sys.argv[1:] if argv is None else argv
+    if "--export-proposals" in argv:
+        return export_proposals(argv)
     if "--proposals" in argv:
         return show_proposals(argv)
     if "--checkpoint" in argv:

@@ -15,13 +15,13 @@ import acp
 import data
 import train
 from evaluate import forward
-from extras import bmn, spot
+from extras import bmn, pgcn, spot
 from plumbing import checkpoints
 from plumbing.files import read_json, write_json
 from plumbing.runs import guard
 from plumbing.words import say
 
-OTHERS = (bmn.Settings, spot.Settings)  # of other detectors
+OTHERS = (bmn.Settings, pgcn.Settings, spot.Settings)  # of other detectors
 MOST = 25  # videos whose steps are shown
 
 

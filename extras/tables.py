@@ -3,6 +3,7 @@
     python -m extras.tables 3a                                              on toy
     python -m extras.tables 1 --dataset thumos --ratio 0.1 --seeds 3
     python -m extras.tables 5a --dataset my.json --features DIR --seeds 2 --splits a.json b.json
+    python -m extras.tables S8 --proposals runs/bmn/{seed}.json    proposals of each seed's split
     python -m extras.tables causes              why APL does what it does: pseudo labels by class
     python -m extras.tables S6                  parameters and multiply-accumulates, no training
 
@@ -30,7 +31,7 @@ import evaluate
 import icd
 import model
 import train
-from extras import bmn, spot
+from extras import bmn, pgcn, spot
 from plumbing import checkpoints, sources
 from plumbing.arguments import settings_of
 from plumbing.files import read_json, read_rows, write_json
@@ -99,6 +100,10 @@ ROWS = {
         ("NPL (BMN), reconstructed", 32.4,
          f"{PLAIN} {NO_ICD} --threshold frequency --rerank"),
         ("APL (BMN)", 33.3, WITH_ACP),
+    ],
+    "S8": [
+        ("P-GCN, supervised only", 11.2, f"--stage supervised {PLAIN}"),
+        ("APL (P-GCN)", 16.6, NO_ACP),
     ],
     "3a": [
         ("baseline", 17.0, f"{PLAIN} {FIXED}"),
@@ -217,7 +222,7 @@ def minutes_of(folder):
 
 def kind_of(table):
     """The class of the settings of a table's rows, which build their detector."""
-    detectors = {"bmn": bmn.Settings, "spot": spot.Settings}
+    detectors = {"bmn": bmn.Settings, "S8": pgcn.Settings, "spot": spot.Settings}
     return detectors.get(table.rpartition("-")[2], train.Settings)
 
 
@@ -226,9 +231,9 @@ def folder_of(s, stage, runs):
     count = train.STAGES.index("joint" if stage == "all" else stage) + 1
     until = settings_of_stages(type(s), train.STAGES[:count])
     names = [*until, "weights", *OF_DATA]
-    depends = {name: getattr(s, name) for name in names}
+    depends = {name: getattr(s, name) for name in names if hasattr(s, name)}
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode())
-    for path in (s.dataset, s.annotations, s.split):
+    for path in (s.dataset, s.annotations, s.split, depends.get("proposals", "")):
         if Path(path).is_file():
             digest.update(Path(path).read_bytes())
     return runs / f"{stage}-{digest.hexdigest()[:12]}"
@@ -716,7 +721,8 @@ def parse(argv):
 
 
 def command_of(options, seed, splits):
-    """The options of every row for a seed."""
+    """The options of every row for a seed, whose number stands in the place of {seed}."""
+    options = [option.replace("{seed}", str(seed)) for option in options]
     split = ["--ratio", "0", "--split", splits[seed]] if seed < len(splits) else []
     return [*options, "--seed", str(seed), *split]
 

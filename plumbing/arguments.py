@@ -99,14 +99,15 @@ def evaluation_of(argv, kind):
     """(the arguments, those of them that are settings, which of MODES); raises BadInput.
 
     kind  the class of the settings"""
-    names = dict.fromkeys(name for mode in MODES.values() for name in mode)
+    names = dict.fromkeys([*(name for mode in MODES.values() for name in mode), *kind.GIVEN])
     parser = settings.parser_of(names, kind, ARGUMENTS)
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if value is not None}
     if bool(args.checkpoint) == bool(args.pred) or bool(args.pred) != bool(args.gt):
         parser.error("give either --checkpoint, or --pred and --gt")
     mode = mode_of(args, ("dataset", "annotations", "root"))
-    other = [settings.flag(name) for name in sorted(given) if name not in MODES[mode]]
+    known = MODES[mode] + (kind.GIVEN if args.checkpoint else ())
+    other = [settings.flag(name) for name in sorted(given) if name not in known]
     if other:
         parser.error(f"{', '.join(other)} cannot go with what else is given")
     if not 0 <= given.get("min_score", 0) <= 1:

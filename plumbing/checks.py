@@ -213,6 +213,7 @@ def look(dataset, videos, annotations, path, s):
     yield from check_labelled(dataset.labelled, annotations, path, s)
     yield from check_raw(dataset.labelled, s)
     yield from check_classes(dataset.classes, dataset.missing)
+    yield from s.look(dataset)
     if s.stage == "all" and not dataset.unlabelled:
         yield (f"all {len(dataset.labelled)} training videos are labelled, so that there is no "
                "unlabelled video to learn from: training ends with the supervised stage. Stage 3 "

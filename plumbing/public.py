@@ -28,7 +28,8 @@ RENAMED = (
     (r"value", "2"),
 )
 
-CLASS_LAYERS = ("cls_out", "classes.")  # how the names of weights begin that are of one class each
+CLASS_LAYERS = (  # how the names of weights begin that are of one class each
+    "cls_out", "classes.", "activity_fc", "completeness_fc", "regressor_fc")
 
 
 def reshaped(key, value):

@@ -88,10 +88,15 @@ def check_setting(f, value):
 class CheckedSettings:
     """Base of the settings: refuses what a setting may not be with BadInput."""
     UNUSED = ()  # settings that a class inherits and does not read: --help leaves them out
+    GIVEN = ()  # settings beside the features that evaluation takes anew, for new or moved videos
 
     def __post_init__(self):
         for f in fields(self):
             check_setting(f, getattr(self, f.name))
+
+    def look(self, dataset):
+        """Warnings about a data set that a run reads, which may raise BadInput; none here."""
+        return ()
 
 
 def home_of(name, kind):

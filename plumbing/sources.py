@@ -19,7 +19,8 @@ LAYOUTS = {
 
 # Where the files are: a run that moves has them elsewhere.
 PLACES = (
-    "dataset", "root", "annotations", "features", "unlabelled_features", "split", "ext_scores")
+    "dataset", "root", "annotations", "features", "unlabelled_features", "split", "ext_scores",
+    "proposals")
 
 
 def whole_paths(given):

@@ -10,7 +10,7 @@ import pytest
 import data
 import evaluate
 import train
-from extras import bmn, spot
+from extras import bmn, pgcn, spot
 from plumbing import journal
 from plumbing.arguments import settings_of, words_of
 from plumbing.runs import Stopped
@@ -194,6 +194,9 @@ COMMANDS = {
     "bmn": (bmn.main, (), "python -m extras.bmn --checkpoint runs/my --features video.npy"),
     "spot": (spot.main, (), "python -m extras.spot --checkpoint runs/my --features video.npy"),
     "bmn as evaluate": (bmn.main, ("--checkpoint", "x"), "python -m extras.bmn --proposals"),
+    "bmn export": (bmn.main, ("--export-proposals", "x"), "python -m extras.bmn --proposals"),
+    "pgcn": (pgcn.main, (), "python -m extras.pgcn --proposals FILE --dataset my.json"),
+    "pgcn as evaluate": (pgcn.main, ("--checkpoint", "x"), "python -m extras.pgcn --resume"),
     "bmn proposals": (bmn.main, ("--proposals", "x"), "python -m extras.bmn [-h] --proposals"),
 }
 
@@ -205,9 +208,10 @@ def test_help_shows_the_commands_own_lines(capsys, name):
         main([*argv, "--help"])
     text = capsys.readouterr().out
     assert line in text
-    others = {word for word in ("train.py", "evaluate.py", "extras.bmn", "extras.spot")
-              if f"python {word}" in text or f"python -m {word}" in text}
-    assert len(others) == 1, others
+    programs = ("train.py", "evaluate.py", "extras.bmn", "extras.pgcn", "extras.spot")
+    shown = [name for name in programs
+             if f"python {name}" in text or f"python -m {name}" in text]
+    assert len(shown) == 1, shown
 
 
 @pytest.mark.parametrize(("detector", "first"), [(bmn, "--hidden"), (spot, "--mask-hidden")])

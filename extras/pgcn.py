@@ -1,0 +1,584 @@
+"""APL on a detector that judges another's proposals, P-GCN (Zeng et al. 2019): Table S8.
+
+    python -m extras.pgcn --proposals FILE --dataset my.json --features DIR ...   as train.py
+    python -m extras.pgcn --resume runs/my
+    python -m extras.pgcn --checkpoint runs/my --features video.npy --proposals FILE   a new video
+
+A proposal is a node of a graph of its video, joined with proposals that overlap it and with near
+ones that do not. One graph network sees what happens inside a proposal and names the class
+(activity), another sees what is before and after it too and says for each class whether the
+proposal is a whole action (completeness) and how to move its ends (regression). The joint score of
+Eq. (4) is
+
+    softmax(activity) * sigmoid(completeness) * max(P_tiou - P_tnd, eps)
+
+with P_tiou and P_tnd of Eq. (2) beside the regression. Pseudo labels are instances of an
+unlabelled video, by which the kinds of its proposals are told anew. ALQA's selection and ICD are
+those of the method's files; ACP contrasts the first layer of single steps.
+
+The proposals, of labelled, unlabelled and test videos, are those of a detector of the same labelled
+videos, as `python -m extras.bmn --export-proposals FILE --checkpoint runs/bmn` writes them: one
+that has seen more labels brings them in. But a detector knows its own labelled videos by heart.
+There, where P-GCN learns what a whole action is, are more and better proposals of each action and
+fewer wrong ones than elsewhere, so that completeness and P_tiou come out too sure.
+
+Letters as in model.py, P being the proposals of a video, each the root of its own graph. [P] is
+the public P-GCN's, [J] neither that nor the paper's.
+"""
+import sys
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+import acp
+import alqa
+import data
+import evaluate
+import icd
+import model
+import train
+from extras import bmn
+from plumbing import checks, forms, settings
+from plumbing.files import read_json
+from plumbing.processes import draws_of_batch, process_count, sum_of_all
+from plumbing.settings import OneOf, ShareBelow1, Text, Width
+from plumbing.words import BadInput, refuse, several, short
+
+CONTEXT = 0.5  # what is seen on either side, as a share of the proposal [P]
+IS_NEAR = 0.7  # tIoU from which two proposals are neighbours that overlap [P]
+OVERLAPPING, APART = 8, 2  # candidates of either kind that a node draws its neighbours from [P]
+NEIGHBOURS = 4  # of a node [P]
+FIRST = (0, 1, 2, OVERLAPPING)  # the candidates that detection takes [J]
+SPREAD = (0.1, 0.2)  # of the offsets of the centre and of the length [J; P: measured]
+MOST_LONGER = 3.0  # log of how many times longer or shorter regression makes a proposal [J]
+
+IS_ACTION = 0.7  # tIoU from which a proposal is an action [P]
+IS_PART, LEAST_INSIDE = 0.3, 0.01  # tIoU below and share inside over which it is a part of one [P]
+IS_BACKGROUND, SHORTEST = 0.01, 0.02  # tIoU below and share of the video over which it is none [P]
+IS_REJECTED = 0.5  # share inside a rejected segment from which it is neither of the two [J]
+ROOTS = (1, 6, 1)  # actions, parts and background of a set of roots [P]
+HARDEST = 0.17  # share of the parts of a set that teaches completeness [P]
+OF_COMPLETENESS, OF_REGRESSION = 0.5, 0.5  # weights of these losses [P]
+
+
+# ---- Proposals ----------------------------------------------------------------------------------
+
+def padded(rows):
+    """Rows of videos, B x (N, F), as one tensor (B, P, F), P >= 1, and which are some (B, P)."""
+    one = rows[0].new_ones(1, rows[0].shape[1])
+    parts = [*rows, one]  # of one more video, so that P >= 1; it is left out again
+    some = [torch.ones_like(part[:, 0]).bool() for part in parts]
+    return pad_sequence(parts, batch_first=True)[:-1], pad_sequence(some, batch_first=True)[:-1]
+
+
+def pooled(feats, segments, pool):
+    """The features (T, C) of segments (N, 2) before, inside and after each: (N, 3 * C).
+
+    pool  as icd.pool_instances() takes it"""
+    start, end = segments.T
+    around = CONTEXT * (end - start)
+    parts = ((start - around, start), (start, end), (end, end + around))
+    return torch.cat([icd.pool_instances(feats, torch.stack(part, 1), pool) for part in parts], 1)
+
+
+# ---- The graph ----------------------------------------------------------------------------------
+
+def best_others(value, allowed, number):
+    """The `number` best of the allowed others of each node, in turn anew where there are fewer.
+
+    A node without any has itself.
+    value, allowed  (B, P, P), of a node's others
+    ->              (B, P, number) nodes"""
+    order = torch.where(allowed, value, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    count = allowed.sum(-1, keepdim=True)
+    turn = torch.arange(number, device=value.device) % count.clamp(1, number)
+    itself = torch.arange(len(value[0]), device=value.device)[:, None]
+    return torch.where(count > 0, order.gather(-1, turn), itself)
+
+
+def candidates(proposals, mask):
+    """What nodes draw their neighbours from: those that overlap most, and the nearest that do not.
+
+    -> (B, P, OVERLAPPING + APART) nodes"""
+    one, other = proposals[:, :, None], proposals[:, None]
+    tIoU, tND = model.tiou(one, other), model.tnd(one, other)  # (B, P, P)
+    itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+    others = mask[:, None] & ~itself
+    overlapping = best_others(tIoU, others & (tIoU > IS_NEAR), OVERLAPPING)
+    apart = best_others(-tND, others & (tIoU <= 0) & (tND > 0), APART)
+    return torch.cat([overlapping, apart], -1)
+
+
+def chosen_neighbours(found, training, most):
+    """The neighbours of nodes and, for each, those of these neighbours: (B, P, 5, NEIGHBOURS).
+
+    Row 0 are a root's own, row i those of its i-th neighbour. In training each row is drawn, in
+    detection all are the FIRST.
+    found  (B, P, candidates), as candidates() has them
+    most   at least P, how many draws a video has in all processes"""
+    B, P, number = found.shape
+    order = found.new_tensor(FIRST).expand(B, P, NEIGHBOURS + 1, NEIGHBOURS)
+    if training:
+        draws = draws_of_batch((B, most, NEIGHBOURS + 1, number), found.device)[:, :P]
+        order = draws.argsort(-1)[..., :NEIGHBOURS]
+    of_root = found.gather(2, order[:, :, 0])  # (B, P, 4)
+    theirs = acp.rows_at(found, of_root.flatten(1)).unflatten(1, (P, NEIGHBOURS))
+    theirs = theirs.gather(3, order[:, :, 1:])  # (B, P, 4, 4)
+    return torch.cat([of_root[:, :, None], theirs], 2)
+
+
+def edges(x, nodes):
+    """The weights of nodes (B, P, 5, 5) to the first of their row: relu of the cosine.
+
+    That of the first itself is 1, those of its neighbours count a fourth."""
+    x = F.normalize(x, dim=-1)
+    cosine = F.relu(x @ x.transpose(1, 2)).flatten(1)  # (B, P * P)
+    pairs = nodes[..., :1] * x.shape[1] + nodes
+    weight = cosine.gather(1, pairs.flatten(1)).view_as(nodes) / NEIGHBOURS
+    return torch.cat([torch.ones_like(weight[..., :1]), weight[..., 1:]], -1)
+
+
+class Layer(nn.Module):
+    """Weights of a layer of the graph, (in, out), with the public P-GCN's start."""
+
+    def __init__(self, dim_in, dim):
+        super().__init__()
+        bound = dim ** -0.5
+        self.weight = nn.Parameter(torch.empty(dim_in, dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(dim).uniform_(-bound, bound))
+
+
+class Graph(nn.Module):
+    """Two layers over the graph, of which only what a root sees is computed.
+
+    x          (B, P, in), pooled features
+    neighbours (B, P, 5, 4), as chosen_neighbours() has them
+    ->         (B, P, 2 * in): what the graph gives for the root, and its own features"""
+
+    def __init__(self, dim, hidden, dropout):
+        super().__init__()
+        self.gc1 = Layer(dim, hidden)
+        self.gc2 = Layer(hidden, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def first(self, x):
+        """The first layer of single rows, without neighbours."""
+        return F.relu(x @ self.gc1.weight + self.gc1.bias)
+
+    def forward(self, x, neighbours):
+        B, P, _ = x.shape
+        itself = torch.arange(P, device=x.device).expand(B, P)[..., None]
+        firsts = torch.cat([itself, neighbours[:, :, 0]], 2)  # (B, P, 5)
+        nodes = torch.cat([firsts[..., None], neighbours], 3)  # (B, P, 5, 5)
+        weight = edges(x, nodes)
+        rows = (x @ self.gc1.weight).flatten(0, 1)  # of all videos: those of a video begin at b * P
+        index = nodes + P * torch.arange(B, device=x.device)[:, None, None, None]
+        sums = F.embedding_bag(index.flatten(0, 2), rows, mode="sum",
+                               per_sample_weights=weight.flatten(0, 2))
+        h = F.relu(sums + self.gc1.bias).view(B, P, NEIGHBOURS + 1, -1)
+        h = (weight[:, :, 0, :, None] * self.dropout(h)).sum(2)
+        return torch.cat([h @ self.gc2.weight + self.gc2.bias, x], -1)
+
+
+# ---- The network --------------------------------------------------------------------------------
+
+def regressed(proposals, offsets):
+    """Proposals (..., 2) moved and stretched by offsets (..., 2) -> (..., 2).
+
+    offsets  of the centre, in lengths, and of the log of the length"""
+    middle = proposals.mean(-1)
+    length = proposals[..., 1] - proposals[..., 0]
+    middle = middle + length * offsets[..., 0]
+    half = length * offsets[..., 1].clamp(-MOST_LONGER, MOST_LONGER).exp() / 2
+    return torch.stack([middle - half, middle + half], -1)
+
+
+class Outputs(NamedTuple):
+    """Raw predictions of the proposals of a batch."""
+    activity: torch.Tensor  # (B, P, K + 1), logits, background first
+    completeness: torch.Tensor  # (B, P, K), from below -1, a part, to over 1, a whole action
+    offsets: torch.Tensor  # (B, P, K, 2), as regressed() takes them
+    p_tiou: torch.Tensor  # (B, P)
+    p_tnd: torch.Tensor  # (B, P)
+    mask: torch.Tensor  # (B, P)
+    proposals: torch.Tensor  # (B, P, 2), in grid steps
+    levels: list  # [(B, T, C)], of the steps, for ACP alone
+    masks: list  # [(B, T)]
+
+    def predictions(self):
+        """What the heads give."""
+        return self.activity, self.completeness, self.offsets, self.p_tiou, self.p_tnd
+
+    def p_cls(self):
+        """All of the joint score but ALQA's reliability: (B, P, K)."""
+        p = self.activity.softmax(-1)[..., 1:]
+        return p * torch.sigmoid(self.completeness)
+
+    def segments(self):
+        """The proposals (B, P, 2), regressed as actions of their best class."""
+        best = self.p_cls().argmax(-1)
+        offsets = torch.take_along_dim(self.offsets, best[..., None, None], 2)[:, :, 0]
+        return regressed(self.proposals, offsets)
+
+    def sizes(self):
+        """How many proposals there are, of one level."""
+        return [self.mask.shape[1]]
+
+
+class Detector(nn.Module):
+    """P-GCN as Settings `s` describe it; its parameters have the public P-GCN's names."""
+
+    def __init__(self, dim_in, num_classes, s):
+        super().__init__()
+        self.most = s.most
+        self.pool = s.pool
+        self.Act_GCN = Graph(dim_in, s.hidden, s.graph_dropout)
+        self.Comp_GCN = Graph(3 * dim_in, s.hidden, s.graph_dropout)
+        self.dropout = nn.Dropout(s.activity_dropout)
+        self.activity_fc = nn.Linear(2 * dim_in, num_classes + 1)
+        self.completeness_fc = nn.Linear(6 * dim_in, num_classes)
+        self.regressor_fc = nn.Linear(6 * dim_in, 2 * num_classes)
+        self.tiou = nn.Linear(6 * dim_in, 1) if s.alqa != "none" else None
+        self.tnd = nn.Linear(6 * dim_in, 1) if s.alqa == "tiou+tnd" else None
+        for head in self.children():
+            if isinstance(head, nn.Linear):
+                nn.init.normal_(head.weight, std=0.001)
+                nn.init.zeros_(head.bias)
+        if self.tnd:
+            nn.init.constant_(self.tnd.bias, s.tnd_bias)
+
+    def pyramid(self, feats, mask, proposals=()):
+        """The first layer of single steps, the one level that ACP contrasts: [(B, T, C)], [(B, T)].
+        """
+        return [self.Act_GCN.first(feats) * mask[..., None]], [mask]
+
+    def quality(self, h):
+        """What model.QualityBranches has: h (B, P, C) -> P_tiou, P_tnd, two (B, P)."""
+        P_tiou = torch.sigmoid(self.tiou(h)[..., 0]) if self.tiou else torch.ones_like(h[..., 0])
+        P_tnd = torch.sigmoid(self.tnd(h)[..., 0]) if self.tnd else torch.zeros_like(h[..., 0])
+        return P_tiou, P_tnd
+
+    def heads(self, of_activity, of_completeness):
+        """The predictions of what the two graphs give, (B, P, 2 * D) and (B, P, 6 * D)."""
+        h = of_completeness
+        spread = h.new_tensor(SPREAD)
+        offsets = self.regressor_fc(h).unflatten(-1, (-1, 2)) * spread
+        activity = self.activity_fc(self.dropout(of_activity))
+        return activity, self.completeness_fc(h), offsets, *self.quality(self.dropout(h))
+
+    def forward(self, feats, mask, proposals):
+        """feats (B, T, D), mask (B, T), proposals B x (N, 2) in grid steps -> Outputs; in float32.
+        """
+        lengths = mask.sum(1).tolist()
+        parts = zip(feats, lengths, proposals)
+        seen = [pooled(x[:length], segments, self.pool) for x, length, segments in parts]
+        around, some = padded(seen)  # (B, P, 3 * D)
+        inside = around.chunk(3, -1)[1]
+        segments, _ = padded(proposals)
+        found = candidates(segments, some)
+        neighbours = chosen_neighbours(found, self.training, self.most)
+        with torch.autocast(feats.device.type, enabled=False):
+            predicted = self.heads(
+                self.Act_GCN(inside, neighbours), self.Comp_GCN(around, neighbours))
+            levels, masks = self.pyramid(feats, mask)
+        return Outputs(*predicted, some, segments, levels, masks)
+
+
+# ---- Targets ------------------------------------------------------------------------------------
+
+def share_inside(proposals, segments):
+    """Which share of proposals (..., 2) lies inside segments (..., 2), broadcast -> (...)."""
+    first = torch.maximum(proposals[..., 0], segments[..., 0])
+    last = torch.minimum(proposals[..., 1], segments[..., 1])
+    length = (proposals[..., 1] - proposals[..., 0]).clamp(min=1e-8)
+    return (last - first).clamp(min=0) / length
+
+
+def targets(proposals, mask, record, steps):
+    """What the proposals (P, 2) of a video of `steps` steps are, by the instances of its record.
+
+    -> "truth" (P, 2) and "label" (P,), the instance that each overlaps most, 0 without one, and
+       "kinds" (3, P) bool: which are actions, parts of one, background"""
+    segments = record["segments"].float()
+    tIoU, best = F.pad(model.tiou(proposals[:, None], segments), (0, 1)).max(1)  # one more: 0
+    truth = F.pad(segments, (0, 0, 0, 1))[best]
+    rejected = share_inside(proposals[:, None], record["rejected"]) > IS_REJECTED
+    sure = mask & ~rejected.any(1)
+    action = mask & (tIoU > IS_ACTION)
+    part = sure & (tIoU < IS_PART) & (share_inside(proposals, truth) > LEAST_INSIDE)
+    length = proposals[:, 1] - proposals[:, 0]
+    background = sure & ~part & (tIoU < IS_BACKGROUND) & (length > SHORTEST * steps)
+    return {
+        "truth": truth,
+        "label": F.pad(record["labels"], (0, 1))[best],
+        "kinds": torch.stack([action, part, background]),
+    }
+
+
+def drawn(members, draws):
+    """Members of each row, drawn with replacement: (B, P) bool, draws (B, n) in [0, 1) -> (B, n)"""
+    order = members.int().argsort(dim=1, descending=True, stable=True)
+    place = (draws * members.sum(1, keepdim=True)).long()
+    return order.gather(1, place)
+
+
+def draw_roots(kinds, sets):
+    """Sets of roots of videos that have an action: (B, 3, P) -> (B, sets, 8) proposals.
+
+    A set has ROOTS of each kind, in their order; an action stands for a kind that is not there."""
+    action = kinds[:, 0]
+    draws = draws_of_batch((len(kinds), sets, sum(ROOTS)), kinds.device)
+    roots = []
+    for of_kind, part in zip(kinds.unbind(1), draws.split(ROOTS, 2)):
+        members = torch.where(of_kind.any(1, keepdim=True), of_kind, action)
+        roots.append(drawn(members, part.flatten(1)).view(part.shape))
+    return torch.cat(roots, 2)
+
+
+# ---- Losses -------------------------------------------------------------------------------------
+
+def completeness_loss(scores, whole):
+    """The hinge loss of completeness, of the whole actions and the hardest parts of each set.
+
+    scores, whole  (sets, n): of the class of each; whether it is a whole action
+    ->             scalar"""
+    of_whole = F.relu(1 - scores[whole]).sum()
+    of_part = torch.where(whole, 0, F.relu(1 + scores))
+    hardest = of_part.topk(int(ROOTS[1] * HARDEST), 1).values.sum()
+    parts = int(HARDEST * int((~whole).sum()))
+    return (of_whole + hardest) / (whole.sum() + max(parts, 1))
+
+
+def offset_target(proposals, truth):
+    """The offsets (N, 2) by which regressed() makes proposals (N, 2) the truth (N, 2)."""
+    length = proposals.diff()[:, 0]
+    centre = (truth.mean(1) - proposals.mean(1)) / length
+    return torch.stack([centre, torch.log(truth.diff()[:, 0] / length)], 1)
+
+
+def regression_loss(offsets, target):
+    """Smooth L1 of both offsets (N, 2), in their spread, summed -> scalar."""
+    return 2 * F.smooth_l1_loss(offsets, target)
+
+
+def root_losses(outputs, of, roots, s):
+    """The losses of drawn roots: "cls", of activity and completeness, "reg", "quality", scalars.
+
+    of     {"truth", "label", "kinds"} of all proposals, stacked
+    roots  (B, sets, 8)"""
+    video = torch.arange(len(roots), device=roots.device)[:, None, None]
+    label, truth = of["label"][video, roots], of["truth"][video, roots]
+    action = of["kinds"][:, 0][video, roots]  # (B, sets, 8)
+    part = of["kinds"][:, 1][video, roots]
+    of_activity = action | of["kinds"][:, 2][video, roots]
+    class_or_none = torch.where(action, label + 1, 0)
+    L_activity = F.cross_entropy(
+        outputs.activity[video, roots][of_activity], class_or_none[of_activity])
+    scores = outputs.completeness[video, roots, label]
+    first = ROOTS[0] + ROOTS[1]  # all but the background
+    L_completeness = completeness_loss(
+        scores[..., :first].flatten(0, 1), action[..., :first].flatten(0, 1))
+    offsets = outputs.offsets[video, roots, label]
+    proposals = outputs.proposals[video, roots]
+    spread = offsets.new_tensor(SPREAD)
+    goal = offset_target(proposals[action], truth[action])
+    L_reg = regression_loss(offsets[action] / spread, goal / spread)
+    L_quality = L_reg * 0
+    if s.alqa != "none":
+        of_quality = action | part
+        found = regressed(proposals, offsets.detach())[of_quality]
+        tIoU, tND = model.tiou(found, truth[of_quality]), model.tnd(found, truth[of_quality])
+        p_tiou, p_tnd = (p[video, roots][of_quality] for p in (outputs.p_tiou, outputs.p_tnd))
+        L_quality = alqa.quality_loss(p_tiou, p_tnd, tIoU, tND, s.alqa, s.quality_form).mean()
+    L_cls = L_activity + OF_COMPLETENESS * L_completeness
+    return {"cls": L_cls, "reg": OF_REGRESSION * L_reg, "quality": L_quality}
+
+
+def batch_losses(outputs, instances, s):
+    """The losses of a batch; a video without a proposal that is an action leaves them.
+
+    instances  B records {"segments", "labels", "rejected"}
+    ->         {"cls", "reg", "quality", "positives"}, scalars that are finite without a positive"""
+    steps = outputs.masks[0].sum(1)
+    each = [targets(*parts) for parts in zip(outputs.proposals, outputs.mask, instances, steps)]
+    of = {key: torch.stack([target[key] for target in each]) for key in each[0]}
+    roots = draw_roots(of["kinds"], s.sets)  # of all videos: the draws are those of the batch
+    teach = of["kinds"][:, 0].any(1)
+    nothing = sum(part.sum() for part in outputs.predictions()) * 0
+    parts = dict.fromkeys(("cls", "reg", "quality"), nothing)
+    if teach.any():
+        of = data.take(of, teach)
+        fields = [part[teach] for part in outputs[:-2]]
+        parts = root_losses(Outputs(*fields, [], []), of, roots[teach], s)
+    parts["positives"] = of["kinds"][:, 0].sum()
+    return {key: sum_of_all(part / process_count()) for key, part in parts.items()}
+
+
+# ---- A look at the proposals of a run -----------------------------------------------------------
+
+def odd_proposals(found, dataset, s):
+    """Yield warnings about the proposals {id: (N, 2)} of a Dataset; raises BadInput where no
+    labelled instance has a good one."""
+    where = f"prediction file {short(s.proposals, 150)}:"
+    empty = [name for name, segments in found.items() if len(segments) == 0]
+    if empty:
+        yield f"{where} {len(empty)} videos have an empty list of proposals: {several(empty)}"
+    others = [name for name in s.found if not {name, name.removeprefix("v_")} & found.keys()]
+    if others:
+        yield f"{where} {len(others)} videos are none of this run: {several(others, 2)}"
+    seen = read_json(s.proposals, "prediction file").get("labelled", [])
+    more = [video.id for video in dataset.unlabelled + dataset.test if video.id in seen]
+    if more:
+        yield (f"{where} the detector that made them has seen the labels of {len(more)} videos "
+               f"that are not labelled here: {several(more)}")
+    best = [F.pad(model.tiou(video.segments[:, None], found[video.id]), (0, 1)).amax(1)
+            for video in dataset.labelled]
+    bad = torch.cat(best) <= IS_ACTION
+    told = (f"{where} {int(bad.sum())} of {len(bad)} labelled instances have no proposal of a tIoU "
+            f"over {IS_ACTION}")
+    if bad.all():
+        raise BadInput(f"{told}: there is nothing to learn from them")
+    if bad.any():
+        yield told
+
+
+# ---- Settings -----------------------------------------------------------------------------------
+
+PRESET = {  # beside those of data.PRESETS
+    "acp": "none",
+    "acp_after": "none",
+    "vote": 0.0,
+    "lr": 1e-3,
+    "lambda_reg": 1.0,
+    "t_plus": 1.0,  # the losses are means already
+    "t_plus_momentum": 1.0,
+}
+OWN = {  # a user's own data: few labelled videos, a hundred proposals each
+    "theta_l": 0.1,  # a product of three numbers below 1 is small
+    "hidden": 128,
+    "pool": "mean",  # where standardised features have signs
+    "sets": 8,
+    "graph_dropout": 0.5,
+    "activity_dropout": 0.5,
+}
+PUBLISHED = ("thumos", "activitynet", "epic-verb", "epic-noun")
+
+
+@dataclass(frozen=True)
+class ProposalSettings(settings.CheckedSettings):
+    """Where the proposals lie, which is no part of what a run is: their numbers are."""
+    since = "run"
+    heading = "this detector's own"
+    proposals: Text(
+        "proposals of all videos, as extras.bmn --export-proposals writes them, in ActivityNet's "
+        "form, of a detector of the same labelled videos") = ""
+
+
+@dataclass(frozen=True)
+class Settings(train.Settings, ProposalSettings):
+    """train.py's settings and P-GCN's; the defaults are the public P-GCN's."""
+    since = "pretrain"
+    heading = "this detector's own"
+    hidden: Width("hidden width of a graph") = 512
+    pool: OneOf(("max", "mean"), "pooling of a proposal's features over time") = "max"
+    graph_dropout: ShareBelow1("dropout of the hidden layer of a graph") = 0.7
+    activity_dropout: ShareBelow1("dropout before the class of a proposal; its quality [J]") = 0.8
+    most: Width("proposals of a video, the best first [J]") = 300
+    sets: Width("sets of 8 proposals that a video draws a step") = 1
+
+    TRAIN = EVALUATE = "python -m extras.pgcn"
+    FIRST = ("proposals", *(name for name in train.Settings.FIRST if name != "channels"))
+    GIVEN = ("proposals",)
+    UNUSED = (  # of ActionFormer's network and of the losses of points
+        "channels", "heads", "windows", "ranges", "stem", "drop_path", "position", "offset_bias",
+        "input_dropout", "soft_label", "beta", "label_smoothing", "focal_alpha", "focal_gamma",
+        "radius")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.proposals:
+            raise BadInput("setting proposals is needed: a file that python -m extras.bmn "
+                           "--export-proposals has written, or another in ActivityNet's form")
+        if self.mixup:
+            raise BadInput("setting mixup mixes the features of two videos, whose proposals lie "
+                           "elsewhere: it must be 0")
+
+    @classmethod
+    def preset(cls, dataset, paper=False):
+        """What --dataset changes, and --paper."""
+        own = OWN if dataset not in PUBLISHED else {}
+        return super().preset(dataset, paper) | PRESET | own
+
+    @cached_property
+    def found(self):
+        """{id: (N, 2)}, all proposals of the file, in seconds."""
+        return bmn.read_proposals(self.proposals)
+
+    def proposals_of(self, video):
+        """The best proposals (N, 2) of a Video, in grid steps; raises BadInput."""
+        where = f"prediction file {short(self.proposals, 150)}, video {short(video.id)}:"
+        found = self.found.get(video.id, self.found.get(f"v_{video.id}"))
+        if found is None:
+            raise BadInput(f"{where} it has no proposals; --proposals FILE names another file")
+        a = replace(forms.unknown_video(None, None), segments=found)
+        if self.bad_segments == "error":
+            checks.check_segments(a, video, where)
+        found = found[forms.good_segments(a, video.duration)].clip(0, video.duration)
+        return torch.from_numpy(video.grid.to_grid(found[:self.most])).float()
+
+    def apply(self, network, batch):
+        """The network's output for a batch, whose crops have proposals too."""
+        seen = []
+        for video, start, mask in zip(batch["video"], batch["start"], batch["mask"]):
+            segments, inside = data.crop_segments(
+                self.proposals_of(video), video, start, int(mask.sum()), self.crop_keep)
+            seen.append(segments[inside].to(self.device))
+        return network(batch["feats"].to(self.device), batch["mask"].to(self.device), seen)
+
+    def look(self, dataset):
+        """Yield warnings about the proposals of a Dataset, whose fingerprint gets their numbers;
+        raises BadInput where a video has none, or no labelled one a good one."""
+        if not self.found:
+            raise BadInput(f"prediction file {short(self.proposals, 150)} has no proposals")
+        found = {}
+        faults = {}
+        for video in dataset.labelled + dataset.unlabelled + dataset.test:
+            try:
+                found[video.id] = self.proposals_of(video)
+            except BadInput as fault:
+                faults[video.id] = fault
+        refuse(faults)
+        for name, numbers in dataset.fingerprint.items():
+            numbers += [len(found[name]), float(found[name].sum())]
+        yield from odd_proposals(found, dataset, self)
+
+    def build(self, dim, num_classes):
+        """The detector of these settings."""
+        return Detector(dim, num_classes, self)
+
+    def losses(self, outputs, instances, num_classes):
+        """The losses of a batch: what alqa.alqa_losses() gives."""
+        return batch_losses(outputs, instances, self)
+
+    def can_learn(self, detector, video, num_classes):
+        """Whether a LabelledVideo has an action; look() knows of its proposals."""
+        return len(video.labels) > 0
+
+
+# ---- The command line ---------------------------------------------------------------------------
+
+def main(argv=None):
+    """The command line; returns the exit code, 2 for bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--checkpoint" in argv:
+        return evaluate.main(argv, Settings)
+    return train.main(argv, Settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
