@@ -326,7 +326,7 @@ def begin(s, dataset):
     bank["feats"] = bank["feats"].to(s.device)
     return Run(
         s, dataset, detector, copy.deepcopy(detector).requires_grad_(False), discriminator,
-        torch.optim.Adam(discriminator.parameters(), lr=s.icd_lr, fused=True), bank,
+        torch.optim.Adam(discriminator.parameters(), lr=s.icd_lr), bank,
         t_plus=dict.fromkeys(("labelled", "unlabelled"), torch.tensor(s.t_plus, device=s.device)),
         plan=plan_of(s, dataset),
         at=runs.Progress("pretrain" if s.acp != "none" else "supervised"),
