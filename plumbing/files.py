@@ -34,6 +34,18 @@ SIGNS = {  # how files begin that are often taken for another kind, and what the
 }
 
 
+def is_hidden(path):
+    """Whether a path is of what systems leave beside files."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def files_in(folder, pattern="*"):
+    """[(path within it, file)] of the files of a folder and its sub-folders, none of them hidden.
+    """
+    found = [(file.relative_to(folder), file) for file in sorted(Path(folder).rglob(pattern))]
+    return [row for row in found if not is_hidden(row[0])]
+
+
 # ---- Text and JSON ------------------------------------------------------------------------------
 
 def kind_of(path):

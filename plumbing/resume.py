@@ -9,9 +9,6 @@ from plumbing.processes import process_count
 from plumbing.settings import settings_of_stages
 from plumbing.words import is_first
 
-FORMER = {"icd_steps": 0}  # settings that older files have: the value that changed nothing
-TUNED = ("lr", "warmup", "clip")  # what may differ from the settings of another run
-
 
 def state_of(run):
     """What a checkpoint holds: the whole run."""
@@ -68,8 +65,7 @@ def expected_of(run, stages, limits):
     limits  {column of the pseudo labels: what its numbers stay below, None: they are real}"""
     known = {stage: settings_of_stages(type(run.s), stages[:n])
              for n, stage in enumerate(stages, 1)}
-    return checkpoints.Expected(
-        run.s, known, FORMER, TUNED, state_of(run), run.parts(), limits)
+    return checkpoints.Expected(run.s, known, state_of(run), run.parts(), limits)
 
 
 def restore(run, stages, limits):
