@@ -43,21 +43,15 @@ def settings_of(argv, kind):
 def words_of(given, kind):
     """The command line, a list of words, of settings {name: value} given in Python.
 
-    None is not given. Raises BadInput for a name that is none, with the nearest, and for a flag
-    that is no bool."""
-    types = {f.name: settings.type_of(f) for f in fields(kind)} | {"paper": bool}
-    settings.check_names(given, types)
+    None is not given. Raises BadInput for a name that is none, with the nearest."""
+    settings.check_names(given, ["paper", *(f.name for f in fields(kind))])
     words = []
     for name, value in given.items():
         flag = settings.flag(name)
-        if value is None:
-            continue
-        if types[name] is not bool:
-            words.append(f"{flag}={value}")
-        elif isinstance(value, bool):
+        if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
-        else:
-            raise BadInput(f"setting {name} must be of type bool, not {shown(value)}")
+        elif value is not None:
+            words.append(f"{flag}={value}")
     return words
 
 
@@ -65,11 +59,11 @@ def words_of(given, kind):
 
 # The arguments of each mode of evaluate.py; below, those that are no settings: type and help.
 MODES = {
-    "new": ("checkpoint", "features", "out", "min_score", "duration", "fps", "stride", "frames",
-            "feature_key", "weights", "device"),
-    "test": ("checkpoint", "dataset", "root", "annotations", "features", "missing", "subset",
-             "ext_scores", "tiou", "weights", "device", "json"),
-    "predictions": ("pred", "gt", "subset", "ignore_labels", "fps", "tiou", "json"),
+    "new": "checkpoint features out min_score duration fps stride frames feature_key weights device"
+           .split(),
+    "test": "checkpoint dataset root annotations features missing subset ext_scores tiou weights "
+            "device json".split(),
+    "predictions": "pred gt subset ignore_labels fps tiou json".split(),
 }
 ARGUMENTS = {
     "checkpoint": (str, "a run's folder, its checkpoint.pt or detector.pt"),

@@ -5,6 +5,7 @@ the field stands in says from which stage on it matters (`since`, "run" if it ch
 and under which heading --help lists it (`heading`).
 """
 import argparse
+import re
 import sys
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -68,21 +69,19 @@ def choices_of(f):
     return f.type.__metadata__[1] if type_of(f) is str else ()
 
 
-def check_setting(f, value):
-    """Raise BadInput for what a setting may not be."""
+def rule_for(f, value):
+    """What a setting must be, in words, where a value is not; else ""."""
     kind = type_of(f)
-    types = (int, float) if kind is float else (kind,)
-    if type(value) not in types:
-        raise BadInput(f"setting {f.name} must be of type {kind.__name__}, not {shown(value)}")
+    if type(value) is not kind and (kind, type(value)) != (float, int):
+        return f"of type {kind.__name__}"
     if kind is str and "\0" in value:
-        raise BadInput(f"setting {f.name} must hold no NUL, but is {shown(value)}")
+        return "without NUL"
     if choices_of(f) and value not in choices_of(f):
-        raise BadInput(f"setting {f.name} must be one of {', '.join(choices_of(f))}, not "
-                       f"{shown(value)}")
+        return f"one of {', '.join(choices_of(f))}"
     if kind in (int, float):
         _, least, most, words = f.type.__metadata__
-        if not least <= value <= most:
-            raise BadInput(f"setting {f.name} must be {words}, but is {shown(value)}")
+        return "" if least <= value <= most else words
+    return ""
 
 
 class CheckedSettings:
@@ -91,7 +90,10 @@ class CheckedSettings:
 
     def __post_init__(self):
         for f in fields(self):
-            check_setting(f, getattr(self, f.name))
+            value = getattr(self, f.name)
+            rule = rule_for(f, value)
+            if rule:
+                raise BadInput(f"setting {f.name} must be {rule}, not {shown(value)}")
 
 
 def home_of(name, kind):
@@ -192,16 +194,18 @@ class RunSettings(CheckedSettings):
 
 # ---- The command line ---------------------------------------------------------------------------
 
+def with_dashes(match):
+    """What a pattern has matched with - in the place of _."""
+    return match[0].replace("_", "-")
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, and to which _ is -."""
 
     def parse_known_args(self, args=None, namespace=None):
         """What argparse has, of flags with - in the place of _."""
-        words = []
-        for word in map(str, sys.argv[1:] if args is None else args):
-            name, *value = word.split("=", 1) if word.startswith("--") else [word]
-            name = name.replace("_", "-") if word.startswith("--") else name
-            words.append("=".join([name, *value]))
+        words = map(str, sys.argv[1:] if args is None else args)
+        words = [re.sub("^--[^=]*", with_dashes, word) for word in words]
         return super().parse_known_args(words, namespace)
 
     def error(self, message):
