@@ -169,17 +169,19 @@ def append_row(path, row):
         file.write(json.dumps(row) + "\n")
 
 
-def is_row(row):
-    """Whether what a line of a log holds is a row that a run wrote."""
+def is_row(row, stages=None):
+    """Whether what a line of a log holds is a row that a run wrote, of one of some stages."""
     match row:
-        case {"stage": str(), "epoch": int()} if type(row.get("step", 0)) is int:
-            return not any(isinstance(value, list | dict) for value in row.values())
+        case {"stage": str(stage), "epoch": int()} if type(row.get("step", 0)) is int:
+            flat = not any(isinstance(value, list | dict) for value in row.values())
+            return flat and (stages is None or stage in stages)
     return False
 
 
-def read_rows(path):
+def read_rows(path, stages=None):
     """(the rows of a run's log, how many lines are none); a last one that was cut is not counted.
-    """
+
+    stages  of the rows; None: any"""
     text = path.read_text(errors="replace") if path.exists() else ""
     rows = []
     others = 0
@@ -187,7 +189,7 @@ def read_rows(path):
         row = None
         with suppress(ValueError, RecursionError):
             row = json.loads(line)
-        if is_row(row):
+        if is_row(row, stages):
             rows.append(row)
         else:
             others += line.endswith("\n")

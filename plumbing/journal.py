@@ -23,17 +23,15 @@ def write_configuration(run):
 
     videos.json has the annotations that the run may know, in seconds."""
     d, out = run.data, run.folder.path
-    parts = {"labelled": d.labelled, "unlabelled": d.unlabelled, "test": d.test}
-    ids = {part: [video.id for video in videos] for part, videos in parts.items()}
-    split = {"labelled": ids["labelled"], "unlabelled": ids["unlabelled"],
-             "missing_classes": d.missing}
+    split = {"labelled": [video.id for video in d.labelled],
+             "unlabelled": [video.id for video in d.unlabelled], "missing_classes": d.missing}
     known = {name: forms.listed(a.segments.tolist(), a.labels) for name, a in d.truth.items()}
     for video in d.labelled:
         names = [d.classes[label] for label in video.labels]
         known[video.id] = forms.listed(video.in_seconds(video.segments).tolist(), names)
     entries = {}
-    for part, videos in parts.items():
-        for video in videos:
+    for part in ("labelled", "unlabelled", "test"):
+        for video in getattr(d, part):
             entries[video.id] = {"part": part, "duration": video.duration,
                                  "annotations": known.get(video.id)}
     files.write_json(out / "config.json", asdict(run.s), indent=1)

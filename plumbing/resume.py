@@ -73,9 +73,9 @@ def restore(run, stages, limits):
 
     stages, limits  as expected_of() has them
     Raises BadInput."""
-    if not run.s.resume and not run.s.start:
-        return
     path = run.s.resume or run.s.start
+    if not path:
+        return
     content = checkpoints.load(path, type(run.s), expected_of(run, stages, limits))
     for key, part in run.parts().items():
         part.load_state_dict(content[key])

@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -66,10 +67,14 @@ def asked_to_stop(stop, device):
     return stop.signal > 0
 
 
-def lost_another(error):
-    """Whether an error is that another process which shares the batch is gone."""
+def cause_of(error):
+    """The cause of an error, in words, where it is not ours; else ""."""
     said = str(error).lower()
-    return process_count() > 1 and any(word in said for word in ("gloo", "nccl", "connection"))
+    if isinstance(error, MemoryError) or "memory" in said:
+        return "the memory is too small: lower --batch or --max-steps"
+    if process_count() > 1 and re.search("gloo|nccl|connection", said):
+        return "another process of the run has ended"
+    return ""
 
 
 @contextmanager
@@ -93,12 +98,10 @@ def watch(unsaved=""):
     except (BadInput, OSError) as error:
         raise BadInput(f"{error}{stop.way_on}") from None
     except (MemoryError, RuntimeError) as error:
-        what = "the memory is too small: lower --batch or --max-steps"
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            if not lost_another(error):
-                raise
-            what = "another process of the run has ended"
-        raise Broken(f"{what}{stop.way_on or unsaved}") from error
+        cause = cause_of(error)
+        if not cause:
+            raise
+        raise Broken(f"{cause}{stop.way_on or unsaved}") from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -223,13 +226,11 @@ class Folder:
         wrote are left out, which a warning counts."""
         path = self.path / "log.jsonl"
         reached = stages.index(at.stage), at.epoch + (at.done > 0), at.step
-        found, others = read_rows(path)
-        ours = [row for row in self.rows or found if row["stage"] in stages]
-        others += len(self.rows or found) - len(ours)
+        found, others = read_rows(path, stages)
         if others:
             warn([f"{path}: {others} lines are no rows of a run, and left out"])
         write_rows(path, [
-            row for row in ours
+            row for row in self.rows or found
             if (stages.index(row["stage"]), row["epoch"], row.get("step", 0)) <= reached])
         self.rows = []
 
@@ -265,9 +266,7 @@ class Pace:
     def time_left(self, step):
         """How long the whole run still takes at this pace, in words."""
         seconds = (self.whole - step) * self.seconds(step)
-        minutes, seconds = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02}:{seconds:02} left"
+        return f"{timedelta(seconds=round(seconds))} left"
 
     def row(self, step):
         """What log.jsonl says of it."""
@@ -285,8 +284,7 @@ def show_bar(stage, done, steps, left):
     """A bar of an epoch's steps on a terminal; left: words at its end."""
     filled = 30 * done // steps
     bar = "#" * filled + "." * (30 - filled)
-    sys.stdout.write(f"\r{stage:<10} [{bar}] {done}/{steps}  {left} ")
-    sys.stdout.flush()
+    print(f"\r{stage:<10} [{bar}] {done}/{steps}  {left} ", end="", flush=True)
 
 
 def show_line(line):
