@@ -3,17 +3,13 @@
 Read without executing anything, and checked before anything is built from it.
 """
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from plumbing.files import is_row, load_torch
-from plumbing.processes import process_count
 from plumbing.settings import settings_from
-from plumbing.words import BadInput, several, short, shown
+from plumbing.words import BadInput, several, shown
 
 # ---- Form ---------------------------------------------------------------------------------------
 
@@ -180,21 +176,7 @@ def check_detector(content, kind, where):
     fits(parts, dict.fromkeys(parts, shapes), where)
 
 
-# ---- Going on -----------------------------------------------------------------------------------
-
-FORMER = {"icd_steps": 0}  # settings that older files have: the value that changed nothing
-TUNED = ("lr", "warmup", "clip")  # what may differ from the settings of another run
-
-
-@dataclass
-class Expected:
-    """What a run that goes on from a checkpoint asks of it."""
-    s: object  # the run's settings
-    settings: dict  # {stage: the names of the settings that it depends on}
-    state: dict  # what the run itself would write
-    parts: dict  # {key: what has a state of its own}: modules and optimisers
-    limits: dict  # {column of a pseudo label: what its whole numbers stay below; None: real}
-
+# ---- Generators, files --------------------------------------------------------------------------
 
 def states_of_generators(generator, device):
     """The states of the generators that an epoch draws from."""
@@ -212,74 +194,6 @@ def set_generators(states, generator, device):
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-def check_settings(theirs, stage, expected, where):
-    """Raise BadInput where the settings that the stages so far depend on are others."""
-    s = expected.s
-    mine = asdict(s)
-    if stage not in list(expected.settings):
-        raise BadInput(f"{where} is not usable: its stage is {shown(stage)}")
-    for name, value in theirs.items():
-        if name not in mine and (name, value) not in FORMER.items():
-            raise BadInput(f"{where} is not of this version: it has a setting {short(name)}")
-    for name in expected.settings[stage]:
-        if mine[name] != theirs[name] and not (s.start and name in TUNED):
-            raise BadInput(f"{where} is of another configuration: its {name} is "
-                           f"{shown(theirs[name])}, not {shown(mine[name])}")
-
-
-def alike(theirs, mine):
-    """Whether two lists of numbers are equal to rounding, whatever machine added them up."""
-    with suppress(Exception):  # what numpy raises of what are no numbers
-        return np.shape(theirs) == np.shape(mine) and np.allclose(theirs, mine, 1e-5, 1e-6)
-    return False
-
-
-BEGIN = "; a new run takes its weights with --init"  # whatever the data
-
-
-def check_data(content, expected, where):
-    """Raise BadInput where features or labels are not those that a checkpoint was trained on."""
-    for key, what in (("fingerprint", "features"), ("instances", "labels")):
-        theirs, mine = content.get(key), expected.state[key]
-        if not isinstance(theirs, dict):
-            raise BadInput(f"{where} is not of this version: it does not say what data it is of")
-        changed = [name for name in mine | theirs if not alike(theirs.get(name), mine.get(name))]
-        if changed:
-            raise BadInput(f"{where} is of other data: {len(changed)} videos are new, gone or have "
-                           f"other {what} now: {several(changed)}{BEGIN}")
-    if content["classes"] != expected.state["classes"]:
-        raise BadInput(f"{where} is of other data: its classes are not those of "
-                       f"{short(expected.s.dataset, 150)}{BEGIN}")
-
-
-PATTERNS = {int: count, float: number, type(None): number}  # of what the run itself would write
-SEEN = ("settings", "stage", "fingerprint", "instances", "trust", "rng")  # each in its own check
-
-
-def check_run(content, expected, where):
-    """Raise BadInput for a checkpoint that a run cannot go on from."""
-    mine = expected.state
-    if "stage" not in content:
-        raise BadInput(f"{where} has no stage: it holds the detector alone, no run to go on with")
-    check_settings(content["settings"], content["stage"], expected, where)
-    check_data(content, expected, where)
-    pattern = {name: PATTERNS.get(type(value), value) for name, value in mine.items()}
-    pattern |= {name: state_form(part) for name, part in expected.parts.items()}
-    pattern |= dict.fromkeys(SEEN, anything)
-    pattern["rows"] = partial(sound_rows, stages=expected.settings.keys())
-    content.setdefault("rows", [])  # which an older file has not, nor how far to trust a list
-    content.setdefault("trust", None)
-    if content.get("pseudo") is not None:
-        record = partial(sound_record, limits=expected.limits)
-        pattern["pseudo"] = dict.fromkeys(mine["fingerprint"].keys() - mine["labelled"], record)
-    fits(content, pattern, where)
-    done, processes = content["done"], content["processes"]
-    if done:
-        fits(content["rng"], random_states, f"{where}, rng")
-    if processes != process_count() and (done or not expected.s.start):
-        raise BadInput(f"{where} is of {processes} process(es), not {process_count()}")
-
-
 def file_of(path):
     """The checkpoint that a path names: a file, or of a run's folder the whole run, else the small
     detector."""
@@ -290,16 +204,12 @@ def file_of(path):
     return small if small.exists() and not whole.exists() else whole
 
 
-def load(path, kind, expected=None):
+def load(path, kind):
     """A checkpoint of train.py on the CPU, with which a detector can be built; raises BadInput.
 
-    path      the file, checkpoint.pt or detector.pt, or the folder of its run
-    kind      the class of its settings, which build its detector
-    expected  what a run that goes on from it asks of it: an Expected"""
+    path  the file, checkpoint.pt or detector.pt, or the folder of its run
+    kind  the class of its settings, which build its detector"""
     path = file_of(path)
-    where = f"checkpoint {path}"
     content = load_torch(path, "checkpoint")
-    check_detector(content, kind, where)
-    if expected:
-        check_run(content, expected, where)
+    check_detector(content, kind, f"checkpoint {path}")
     return content

@@ -207,20 +207,8 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             stop.lock = keep_others_out(self.path)
 
-    def claim(self, way_on):
-        """The files in it are this run's from here on; way_on: how to go on, in words."""
-        self.saved = True
-        self.stop.way_on = f"; {way_on}"
-
-    def clear(self):
-        """At the first save of a new run the results that another left go, and the log begins."""
-        for name in RESULTS:
-            (self.path / name).unlink(missing_ok=True)
-        write_rows(self.path / "log.jsonl", self.rows)
-        self.rows = []
-
-    def cut_log(self, at, stages):
-        """Of the log of a resumed run keep the rows up to its checkpoint's Progress `at`.
+    def rows_until(self, at, stages):
+        """Of the log of a resumed run the rows up to its checkpoint's Progress `at`.
 
         A run that was killed at its first save has them in the checkpoint alone. Rows that no run
         wrote are left out, which a warning counts."""
@@ -229,10 +217,18 @@ class Folder:
         found, others = read_rows(path, stages)
         if others:
             warn([f"{path}: {others} lines are no rows of a run, and left out"])
-        write_rows(path, [
-            row for row in self.rows or found
-            if (stages.index(row["stage"]), row["epoch"], row.get("step", 0)) <= reached])
+        return [row for row in self.rows or found if reached >= (
+            stages.index(row["stage"]), row["epoch"], row.get("step", 0))]
+
+    def begin(self, rows, way_on):
+        """From here on the files in it are this run's, and rows are logged at once.
+
+        rows    of the log so far
+        way_on  how to go on, in words"""
+        write_rows(self.path / "log.jsonl", rows)
         self.rows = []
+        self.saved = True
+        self.stop.way_on = f"; {way_on}"
 
     def log(self, at, **row):
         """A row of log.jsonl."""
