@@ -80,13 +80,12 @@ ARGUMENTS = {
 }
 
 
-def mode_of(args, moved):
-    """Which mode of evaluation the arguments ask for.
-
-    moved  those that say where a run's own data lie now, with which --features lies there too"""
+def mode_of(args):
+    """Which mode of evaluation the arguments ask for."""
+    moved = args.dataset or args.annotations or args.root  # then --features is the run's own, too
     if args.pred:
         return "predictions"
-    return "new" if args.features and not any(vars(args)[name] for name in moved) else "test"
+    return "new" if args.features and not moved else "test"
 
 
 def evaluation_of(argv, kind):
@@ -99,7 +98,7 @@ def evaluation_of(argv, kind):
     given = {name: value for name, value in vars(args).items() if value is not None}
     if bool(args.checkpoint) == bool(args.pred) or bool(args.pred) != bool(args.gt):
         parser.error("give either --checkpoint, or --pred and --gt")
-    mode = mode_of(args, ("dataset", "annotations", "root"))
+    mode = mode_of(args)
     other = [settings.flag(name) for name in sorted(given) if name not in MODES[mode]]
     if other:
         parser.error(f"{', '.join(other)} cannot go with what else is given")

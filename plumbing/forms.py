@@ -183,16 +183,16 @@ def unknown_video(duration, fps):
 
 # What else a subset is called, where none has its name.
 ALIASES = {
-    "training": ("train",), "train": ("training",), "test": ("testing",), "testing": ("test",),
-    "val": ("valid", "validation"), "valid": ("val", "validation"),
-    "validation": ("val", "valid", "test", "testing"),
+    "training": "train", "train": "training", "test": "testing", "testing": "test",
+    "val": "valid validation", "valid": "val validation", "validation": "val valid test testing",
 }
 
 
 def in_subset(annotations, subset):
     """The annotations {id: Annotation} of a subset, in any letter case, or of one of its ALIASES.
     """
-    for wanted in (subset.lower(), *ALIASES.get(subset.lower(), ())):
+    subset = subset.lower()
+    for wanted in (subset, *ALIASES.get(subset, "").split()):
         found = {name: a for name, a in annotations.items() if a.subset.lower() == wanted}
         if found:
             return found

@@ -31,13 +31,13 @@ RENAMED = r"""
 CLASS_LAYERS = ("cls_out", "classes.")  # how the names of weights begin that are of one class each
 
 
-def reshaped(key, value):
+def reshaped(value):
     """A weight of the public ActionFormer in this project's shape."""
     if value.ndim < 3:
         return value
-    if key.endswith("weight") and value.shape[1:] == (1, 3):
+    if value.shape[1:] == (1, 3):
         return value[:, 0].T  # depth-wise
-    if key.endswith("weight") and value.shape[2] == 3:
+    if value.shape[2] == 3:
         return value.permute(2, 0, 1)  # (out, in, 3) -> (3, out, in)
     return value.squeeze(-1) if value.shape[0] > 1 else value.flatten()
 
@@ -54,7 +54,7 @@ def public_weights(state):
             scales.append(value.flatten())
             found["scales"] = torch.cat(scales)
         else:
-            found[key] = reshaped(key, value)
+            found[key] = reshaped(value)
     return found
 
 

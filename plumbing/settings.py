@@ -7,6 +7,7 @@ and under which heading --help lists it (`heading`).
 import argparse
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Annotated
@@ -291,20 +292,18 @@ def read_arguments(argv, kind):
 
 def thresholds_of(text):
     """"0.3:0.7:0.1" (both ends included) or "0.3,0.5" -> tIoU thresholds; raises BadInput."""
-    try:
+    values = np.zeros(0)
+    with suppress(ValueError, ArithmeticError):
         if ":" in text:
             first, last, step = map(float, text.split(":"))
             steps = (last - first) / step
-            if abs(steps - round(steps)) > 1e-6 or not 0 <= steps < 1000:
-                raise BadInput(f"--tiou {short(text)}: the step does not divide the range")
-            values = np.linspace(first, last, round(steps) + 1)
+            if abs(steps - round(steps)) < 1e-6 and 0 <= steps < 1000:
+                values = np.linspace(first, last, round(steps) + 1)
         else:
             values = np.array(text.split(","), dtype=np.float64)
-    except (ValueError, ArithmeticError):
-        raise BadInput(
-            f"--tiou must be start:end:step or a list with commas, not {shown(text)}") from None
-    if not ((values > 0) & (values <= 1)).all():
-        raise BadInput(f"--tiou {shown(text)} gives thresholds outside (0, 1]")
+    if not len(values) or not ((values > 0) & (values <= 1)).all():
+        raise BadInput("--tiou must be start:end:step, whose step divides the range, or a list "
+                       f"with commas, of thresholds over 0 and up to 1, not {shown(text)}")
     return values
 
 

@@ -229,7 +229,7 @@ def check_scores(chosen, s):
     if not s.ext_scores:
         return
     scores = forms.read_video_scores(s.ext_scores)
-    named = {label for of_video in scores.values() for label in of_video}
+    named = set().union(*scores.values())
     classes = {label for a in chosen.truth.values() for label in a.labels}
     videos = scores.keys() | {name.removeprefix("v_") for name in scores}
     for what, wanted, known in (("test videos", chosen.test.keys(), videos),

@@ -19,8 +19,6 @@ from plumbing import forms
 from plumbing.files import VIDEOS, files_in, read_text, separator_of
 from plumbing.words import BadInput, refuse, several, short, shown
 
-ENDINGS = (".csv", ".tsv", ".txt")  # of files in other forms than JSON
-
 # What columns are called, in any letter case, by people, BORIS and ELAN: of several the first in
 # this order is read.
 NAMES = {
@@ -219,6 +217,11 @@ def frames_entry(lines, path, fps):
     return {"duration": first / fps, "fps": fps, "annotations": annotations}
 
 
+def read_table(path, fps):
+    """{id: entry} of a table; fps is not needed. Raises BadInput."""
+    return entries_of(open_table(path), path)
+
+
 def read_text_file(path, fps):
     """{id: entry} of a text file: a table, or of the video that it is named after a label track
     or a label a frame; raises BadInput."""
@@ -227,7 +230,7 @@ def read_text_file(path, fps):
     first = next((line for _, line in lines if not is_before(line)), "")
     cells = [cell.strip('" ') for cell in first.split("\t")]
     if {"start", "end"} <= names_of(cells).keys():
-        return entries_of(open_table(path), path)
+        return read_table(path, fps)
     if lines and len(cells) == 1:
         return {path.stem: frames_entry(lines, path, fps)}
     return {path.stem: {"annotations": []}} | entries_of(track_of(lines), path)
@@ -252,21 +255,23 @@ def read_folder(folder, fps):
 
 # ---- All forms ----------------------------------------------------------------------------------
 
-def ending_of(path):
-    """The ending of a file's name, in lower case."""
-    return Path(path).suffix.lower()
+READERS = {".csv": read_table, ".tsv": read_table, ".txt": read_text_file}  # of what is no JSON
+
+
+def reader_of(path):
+    """What reads the entries of a path in another form than JSON; None: nothing."""
+    return read_folder if path.is_dir() else READERS.get(path.suffix.lower())
 
 
 def is_known(path):
     """Whether a path names annotations, by its ending or as a folder."""
-    return ending_of(path) in (".json", *ENDINGS) or Path(path).is_dir()
+    path = Path(path)
+    return path.suffix.lower() == ".json" or reader_of(path) is not None
 
 
 def unused_columns(path):
     """What is not read of the table at a path, in words, as a list; [] of other forms."""
-    if ending_of(path) not in (".csv", ".tsv"):
-        return []
-    unused = open_table(Path(path)).unused
+    unused = open_table(path).unused if reader_of(path) is read_table else []
     return [f"the column(s) {several(unused)} of {path}"] if unused else []
 
 
@@ -277,14 +282,10 @@ def read_any(path, ignored="", fps=0):
     fps      of all videos; 0 or None: as the file says
     Where no video has a subset, all are of "training". Raises BadInput."""
     path = Path(path)
-    if path.is_dir():
-        entries = read_folder(path, fps)
-    elif ending_of(path) == ".txt":
-        entries = read_text_file(path, fps)
-    elif ending_of(path) in ENDINGS:
-        entries = entries_of(open_table(path), path)
-    else:
+    read = reader_of(path)
+    if read is None:
         return forms.read_annotations(path, ignored or "", fps)
+    entries = read(path, fps)
     if not any("subset" in entry for entry in entries.values()):
         for entry in entries.values():
             entry["subset"] = "training"
