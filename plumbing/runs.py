@@ -1,9 +1,8 @@
-"""Runs: signals and errors, the folder of a run with its lock and log, the console."""
+"""Runs: signals and errors, the folder of a run with its lock and log, how fast it goes."""
 import fcntl
 import math
 import re
 import signal
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch
 
 from plumbing.files import append_row, read_rows, write_rows
 from plumbing.processes import leave_processes, process_count, rows_of_all
-from plumbing.words import BadInput, complain, is_first, say, warn
+from plumbing.words import BadInput, complain, is_first, warn
 
 # ---- Signals and errors -------------------------------------------------------------------------
 
@@ -239,7 +238,7 @@ class Folder:
             self.rows.append(row)
 
 
-# ---- The console --------------------------------------------------------------------------------
+# ---- Time ---------------------------------------------------------------------------------------
 
 class Pace:
     """How fast the steps of a stage go.
@@ -269,23 +268,3 @@ class Pace:
         seconds = max(self.seconds(step), 1e-9)
         return {"step": step, "of": self.total, "steps_a_second": 1 / seconds,
                 "seconds_left": (self.total - step) * seconds}
-
-
-def is_terminal():
-    """Whether somebody watches."""
-    return is_first() and sys.stdout is not None and sys.stdout.isatty()
-
-
-def show_bar(stage, done, steps, left):
-    """A bar of an epoch's steps on a terminal; left: words at its end."""
-    filled = 30 * done // steps
-    bar = "#" * filled + "." * (30 - filled)
-    print(f"\r{stage:<10} [{bar}] {done}/{steps}  {left} ", end="", flush=True)
-
-
-def show_line(line):
-    """A line about an epoch that has ended, over its bar."""
-    if is_terminal():
-        sys.stdout.write("\r")
-        line = f"{line:<80}"
-    say(line)
