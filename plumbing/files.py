@@ -98,9 +98,10 @@ def check_file(path, what, most=math.inf):
         raise BadInput(f"{what} {path} cannot be read: it has {found.st_size} bytes, over {most}")
 
 
-def read_text(path, what):
-    """The text of a file; `what` names it in the message. Raises BadInput."""
-    check_file(path, what, MOST_TEXT)
+def read_text(path, what, most=MOST_TEXT):
+    """The text of a file of at most `most` bytes; `what` names it in the message. Raises BadInput.
+    """
+    check_file(path, what, most)
     with reading(what, path, "it is no UTF-8 text"):
         return Path(path).read_text(encoding="utf-8-sig")  # with or without a byte order mark
 
@@ -281,7 +282,7 @@ def separator_of(line):
 
 def open_table(path, what):
     """(the lines of a table below its header, what stands between its cells, the header or [])."""
-    lines = read_text(path, what).split("\n")
+    lines = read_text(path, what, MOST_UNPACKED // 8).split("\n")
     between = separator_of(lines[0])
     cells = lines[0].split(between)
     header = cells if is_header(cells, "".join(lines[1:2])) else []

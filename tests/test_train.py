@@ -364,8 +364,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, when, place, call, h
     if code:
         assert not (out / "metrics.json").exists()
         assert train.main(["--resume", str(out)]) == 0
-    if when == "in the report":  # a run that has ended goes on to the same end
-        assert train.main(["--resume", str(out)]) == 0
+        if when == "in the report":  # a run that has ended goes on to the same end
+            assert train.main(["--resume", str(out)]) == 0
     else:
         assert err == ""
     assert helpers.same(weights(out), weights(whole / "run"))
