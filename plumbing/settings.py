@@ -221,10 +221,15 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def opening_of(kind):
-    """What opens the docstring of the module of a class: a sentence, and its commands."""
+def parser_for(kind, **more):
+    """A Parser whose help opens as the docstring of the module of a class does: a sentence, and
+    its commands."""
     doc = sys.modules[kind.__module__].__doc__ or ""  # python -OO drops it
-    return "\n\n".join(doc.split("\n\n")[:2])
+    return Parser(
+        description="\n\n".join(doc.split("\n\n")[:2]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **more)
 
 
 def add_setting(group, f, preset, hidden):
@@ -246,11 +251,7 @@ def parser_of(names, kind, own):
     """The parser of some settings of a class, without defaults, and of arguments of its own.
 
     own  {name: (type, help)}, also in the place of a setting's"""
-    parser = Parser(
-        description=opening_of(kind),
-        usage=argparse.SUPPRESS,  # the commands stand in the description
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)
+    parser = parser_for(kind, usage=argparse.SUPPRESS)  # the commands stand in the description
     arguments = {f.name: (type_of(f), comment_of(f)) for f in fields(kind)} | own
     for name in names:
         value, comment = arguments[name]
@@ -268,13 +269,11 @@ def read_arguments(argv, kind):
     first.add_argument("--paper", action=argparse.BooleanOptionalAction)
     known, _ = first.parse_known_args(argv)
     preset = kind.preset(known.dataset, known.paper)
-    parser = Parser(
-        description=opening_of(kind),
+    parser = parser_for(
+        kind,
         usage=f"{kind.TRAIN} [--setting value ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="[S] the paper states it, [A] the public ActionFormer has it, [J] neither.\n"
                f"The defaults are those in force for --dataset {short(known.dataset)}.",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS)
     parser.add_argument(
         "--paper", action=argparse.BooleanOptionalAction,
