@@ -150,7 +150,7 @@ def state_form(part):
 ALWAYS = {"settings": anything, "classes": different_names, "mean": row_of_numbers,
           "std": row_of_numbers, "fps": rate}
 WEIGHTS = {"raw": "detector", "ema": "ema"}
-# How far to trust a list, as listing.find_actions() takes it.
+# How far to trust a list, as listing.find_actions() takes it; without tests "exclusive" alone.
 TRUST = Some(exclusive=flag, score=share, precision=share, recall=share, videos=count)
 
 
@@ -166,8 +166,10 @@ def check_detector(content, kind, where):
     if mean.shape != std.shape or not (std > 0).all():
         raise BadInput(f"{where} is not usable: its std is 0 somewhere, or its mean of another "
                        "width")
-    if content.get("trust") is not None:  # before a run's end
-        fits(content["trust"], TRUST, f"{where}, trust")
+    trust = content.get("trust")
+    if trust is not None:  # before a run's end
+        fits(trust, TRUST, f"{where}, trust")
+        fits(trust.get("exclusive"), flag, f"{where}, trust, exclusive")
     parts = {part: content[part] for part in WEIGHTS.values() if part in content}
     if not parts:
         raise BadInput(f"{where} is not of this version: it has no weights")
