@@ -19,11 +19,10 @@ import numpy as np
 import torch
 
 from extras.windows import read_command, write_features
-from plumbing.files import VIDEOS, read_json, reading, write_json
+from plumbing.files import VIDEOS, files_in, read_json, reading, write_json
 from plumbing.processes import pick_device
 from plumbing.runs import guard
 from plumbing.settings import CheckedSettings, Count, OneOf, Positive, Text
-from plumbing.sources import is_hidden
 from plumbing.words import BadInput, nearest, refuse, say, short, shown, warn
 
 HEADS = ("fc", "classifier", "head")  # how torchvision's networks call their classification layer
@@ -51,9 +50,8 @@ def video_files(path):
     if not path.is_dir():
         return {path.stem: path}
     kinds = [kind for kind in VIDEOS if kind not in SOUNDS]
-    files = [file for file in sorted(path.rglob("*"))
-             if file.suffix.lower() in kinds and not is_hidden(file.relative_to(path))]
-    found = {file.relative_to(path).with_suffix("").as_posix(): file for file in files}
+    files = [row for row in files_in(path) if row[1].suffix.lower() in kinds]
+    found = {place.with_suffix("").as_posix(): file for place, file in files}
     if len(found) < len(files) or not files:
         raise BadInput(f"{path} must hold one file a video ({', '.join(kinds)})")
     return found

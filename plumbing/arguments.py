@@ -43,21 +43,15 @@ def settings_of(argv, kind):
 def words_of(given, kind):
     """The command line, a list of words, of settings {name: value} given in Python.
 
-    None is not given. Raises BadInput for a name that is none, with the nearest, and for a flag
-    that is no bool."""
-    types = {f.name: settings.type_of(f) for f in fields(kind)} | {"paper": bool}
-    settings.check_names(given, types)
+    None is not given. Raises BadInput for a name that is none, with the nearest."""
+    settings.check_names(given, ["paper", *(f.name for f in fields(kind))])
     words = []
     for name, value in given.items():
         flag = settings.flag(name)
-        if value is None:
-            continue
-        if types[name] is not bool:
-            words.append(f"{flag}={value}")
-        elif isinstance(value, bool):
+        if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
-        else:
-            raise BadInput(f"setting {name} must be of type bool, not {shown(value)}")
+        elif value is not None:
+            words.append(f"{flag}={value}")
     return words
 
 
@@ -65,11 +59,11 @@ def words_of(given, kind):
 
 # The arguments of each mode of evaluate.py; below, those that are no settings: type and help.
 MODES = {
-    "new": ("checkpoint", "features", "out", "min_score", "duration", "fps", "stride", "frames",
-            "feature_key", "weights", "device"),
-    "test": ("checkpoint", "dataset", "root", "annotations", "features", "missing", "subset",
-             "ext_scores", "tiou", "weights", "device", "json"),
-    "predictions": ("pred", "gt", "subset", "ignore_labels", "fps", "tiou", "json"),
+    "new": "checkpoint features out min_score duration fps stride frames feature_key weights device"
+           .split(),
+    "test": "checkpoint dataset root annotations features missing subset ext_scores tiou weights "
+            "device json".split(),
+    "predictions": "pred gt subset ignore_labels fps tiou json".split(),
 }
 ARGUMENTS = {
     "checkpoint": (str, "a run's folder, its checkpoint.pt or detector.pt"),
@@ -86,13 +80,12 @@ ARGUMENTS = {
 }
 
 
-def mode_of(args, moved):
-    """Which mode of evaluation the arguments ask for.
-
-    moved  those that say where a run's own data lie now, with which --features lies there too"""
+def mode_of(args):
+    """Which mode of evaluation the arguments ask for."""
+    moved = args.dataset or args.annotations or args.root  # then --features is the run's own, too
     if args.pred:
         return "predictions"
-    return "new" if args.features and not any(vars(args)[name] for name in moved) else "test"
+    return "new" if args.features and not moved else "test"
 
 
 def evaluation_of(argv, kind):
@@ -105,7 +98,7 @@ def evaluation_of(argv, kind):
     given = {name: value for name, value in vars(args).items() if value is not None}
     if bool(args.checkpoint) == bool(args.pred) or bool(args.pred) != bool(args.gt):
         parser.error("give either --checkpoint, or --pred and --gt")
-    mode = mode_of(args, ("dataset", "annotations", "root"))
+    mode = mode_of(args)
     known = MODES[mode] + (kind.GIVEN if args.checkpoint else ())
     other = [settings.flag(name) for name in sorted(given) if name not in known]
     if other:

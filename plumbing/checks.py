@@ -117,59 +117,69 @@ def check_spans(videos, annotations, s, dim):
                f"by more than 5 %: {several(far)}; is their fps right?")
 
 
-def why_nothing(labelled, annotations, on_step, in_crop, s):
+def instances_of(labelled, s):
+    """The segments (N, 2) of LabelledVideos, and (N,) bool which hold a grid step, and fit a crop.
+    """
+    segments = [video.segments for video in labelled]
+    on_step = [video.on_a_step() for video in labelled]
+    in_crop = [video.in_a_crop(s) for video in labelled]
+    return torch.cat(segments), torch.cat(on_step), torch.cat(in_crop)
+
+
+def steps_for(lengths, s):
+    """The --max-steps with which a crop holds enough of the longest of some instances."""
+    return int(s.crop_keep * lengths.max()) + 1
+
+
+def why_nothing(labelled, annotations, s):
     """Why LabelledVideos teach nothing, in words; "" where an instance can be learned.
 
-    annotations       {id: Annotation} of all videos
-    on_step, in_crop  (N,) bool, of all their instances: LabelledVideo's"""
+    annotations  {id: Annotation} of all videos"""
+    segments, on_step, in_crop = instances_of(labelled, s)
     written = sum(len(annotations[video.id].labels) for video in labelled)
-    segments = torch.cat([video.segments for video in labelled])
-    longest = segments.diff().max() if len(segments) else 0
-    last_step = max(video.steps for video in labelled)
     if not written:
         return "they have no instance; --split stratified draws videos that have some"
     if not len(segments):
         return (f"their {written} instances are empty or outside the video and left out, as "
                 "--bad-segments skip says")
-    if not on_step.any() and (segments[:, 0] > last_step).any():
-        return (f"none of their {len(segments)} instances holds a grid step, as they begin after "
-                "the last one (are --stride, --frames and --fps right?)")
+    lengths = segments.diff()
+    fault = f"none of their {len(segments)} instances holds a grid step, as"
+    advice = "are --stride, --frames and --fps right?"
+    if not on_step.any() and (segments[:, 0] > max(video.steps for video in labelled)).any():
+        return f"{fault} they begin after the last one ({advice})"
     if not on_step.any():
-        return (f"none of their {len(segments)} instances holds a grid step, as the longest has "
-                f"{longest:.2g} of a step: give events a length, or make features more often (are "
-                "--stride, --frames and --fps right?)")
+        return (f"{fault} the longest has {lengths.max():.2g} of a step: give events a length, or "
+                f"make features more often ({advice})")
     if not (on_step & in_crop).any():
-        return (f"all of their {len(segments)} instances are too long for a crop; "
-                f"--max-steps {int(s.crop_keep * segments.diff().min()) + 1} would do")
+        return (f"all of their {len(segments)} instances are too long for a crop; --max-steps "
+                f"{steps_for(lengths, s)} would do")
     return ""
 
 
 def check_labelled(labelled, annotations, path, s):
     """Yield warnings about the LabelledVideos; raises BadInput where nothing is to be learned."""
-    on_step = torch.cat([video.on_a_step() for video in labelled])
-    in_crop = torch.cat([video.in_a_crop(s) for video in labelled])
-    why = why_nothing(labelled, annotations, on_step, in_crop, s)
+    why = why_nothing(labelled, annotations, s)
     if why:
         names = several([video.id for video in labelled])
         raise BadInput(f"annotation file {path}: there is nothing to learn from the labelled "
                        f"videos {names}: {why}")
+    segments, on_step, in_crop = instances_of(labelled, s)
     if not on_step.all():
         yield (f"{(~on_step).sum()} of {len(on_step)} labelled instances hold no grid step and "
                "teach nothing")
     if not in_crop.all():
-        longest = max(video.segments.diff().max() for video in labelled if len(video.segments))
         yield (f"{(~in_crop).sum()} of {len(in_crop)} labelled instances are too long for a crop "
-               f"and teach nothing; --max-steps {int(s.crop_keep * longest) + 1} would do")
+               f"and teach nothing; --max-steps {steps_for(segments.diff(), s)} would do")
 
 
 def check_raw(labelled, s):
     """Yield a warning where the LabelledVideos' features look like rows of a raw recording.
 
     s: also the DetectorSettings, for the levels"""
+    segments, _, _ = instances_of(labelled, s)
     rate = min(video.grid.fps / video.grid.stride for video in labelled)
-    half = torch.cat([video.segments for video in labelled]).diff()[:, 0] / 2
     last_level = s.levels()[1][-1][0]
-    if rate > 20 and (half >= last_level).all():
+    if rate > 20 and (segments.diff() / 2 >= last_level).all():
         yield (f"{rate:.3g} steps a second and all labelled instances in the last level look like "
                "a raw recording: python -m extras.windows makes features of one")
 
@@ -226,17 +236,15 @@ def describe(dataset, s):
 
     s: also the DetectorSettings, for the levels that regress the labelled segments."""
     labelled, unlabelled, test = dataset.labelled, dataset.unlabelled, dataset.test
-    on_step = torch.cat([video.on_a_step() for video in labelled])
+    segments, on_step, in_crop = instances_of(labelled, s)
     steps = np.array([video.steps for video in labelled + unlabelled + test])
-    too_long = sum(int((~video.in_a_crop(s)).sum()) for video in labelled)
-    long = f", {too_long} too long for a crop" if too_long else ""
-    half = torch.cat([video.segments for video in labelled]).diff()[:, 0] / 2
+    long = "" if in_crop.all() else f", {(~in_crop).sum()} too long for a crop"
     named = several(columns_of(labelled[0].source)[s.skip_columns:], 8)
+    half = segments.diff() / 2
     shares = []
     for low, high in s.levels()[1]:
-        inside = int(((half >= low) & (half <= high)).sum())
-        share = f"{low:g}-{high:g} {100 * inside / len(half):.0f} %"
-        shares.append(share.replace("-inf", "+"))
+        share = ((half >= low) & (half <= high)).double().mean()
+        shares.append(f"{low:g}-{high:g} {100 * share:.0f} %".replace("-inf", "+"))
     return "\n".join([
         f"{len(labelled)} labelled, {len(unlabelled)} unlabelled, {len(test)} test videos; "
         f"ignored: {'; '.join(dataset.ignored) or 'nothing'}",
@@ -285,9 +293,8 @@ def truth_for(predictions, annotations, subset, gt):
         mine, theirs = next(iter(predictions)), next(iter(annotations), "")
         raise BadInput(f"none of the {len(predictions)} predicted videos, like {short(mine)}, is "
                        f"in the ground truth {gt}, which has videos like {short(theirs)}")
-    names = {annotations[video].subset.lower() for video in common or annotations}
-    if subset:
-        names = {a.subset.lower() for a in forms.in_subset(annotations, subset).values()}
+    judged = forms.in_subset(annotations, subset) if subset else common or annotations
+    names = {annotations[video].subset.lower() for video in judged}
     truth = {video: a for video, a in annotations.items()
              if a.annotated and a.subset.lower() in names}
     if not any(a.labels for a in truth.values()):
@@ -307,8 +314,7 @@ def outside(predictions, truth):
         a = truth[video]
         duration = a.duration or a.segments.max(initial=0)
         times = np.array([d["segment"] for d in predictions[video]]).reshape(-1, 2)
-        inside = times.clip(0, duration)
-        count = int(((inside[:, 1] - inside[:, 0]) < 0.5 * (times[:, 1] - times[:, 0])).sum())
+        count = int((~forms.half_inside(times, duration)).sum())
         if count and (a.duration or count == len(times)):
             odd[video] = count
             unit = unit or likely_unit(times.max(), duration, a.fps or 30)

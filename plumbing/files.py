@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 import warnings
 import zipfile
@@ -23,14 +24,26 @@ MOST_TEXT = 200 * 10 ** 6  # bytes of a JSON or text file; the largest published
 MOST_UNPACKED = 2 ** 31  # bytes of features read at once; a .npy file is read piece by piece
 
 
-# How files begin that are often taken for another kind, and videos.
-SIGNS = {
-    b"version https://git-lfs": "it is a Git LFS pointer, and git lfs pull brings the file",
-    b"<": "it is a web page",
-    b"\x89hdf": "it is an HDF5 file",
-}
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".wav", ".mp3")
 IS_VIDEO = "it is a recording, of which an extractor makes features first (README: A new video)"
+SIGNS = {  # how files begin that are often taken for another kind, and what they are
+    rb"\s*version https://git-lfs": "it is a Git LFS pointer, and git lfs pull brings the file",
+    rb"\s*<": "it is a web page",
+    rb"\x89HDF": "it is an HDF5 file",
+    rb"(?s:.{4})ftyp": IS_VIDEO,
+}
+
+
+def is_hidden(path):
+    """Whether a path is of what systems leave beside files."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def files_in(folder, pattern="*"):
+    """[(path within it, file)] of the files of a folder and its sub-folders, none of them hidden.
+    """
+    found = [(file.relative_to(folder), file) for file in sorted(Path(folder).rglob(pattern))]
+    return [row for row in found if not is_hidden(row[0])]
 
 
 # ---- Text and JSON ------------------------------------------------------------------------------
@@ -41,10 +54,7 @@ def kind_of(path):
     head = b""
     with suppress(OSError, ValueError), open(path, "rb") as file:
         head = file.read(64)
-    for sign, words in SIGNS.items():
-        if head.lstrip().lower().startswith(sign):
-            return words
-    return IS_VIDEO if head[4:8] == b"ftyp" else ""
+    return next((words for sign, words in SIGNS.items() if re.match(sign, head)), "")
 
 
 @contextmanager
@@ -65,6 +75,17 @@ def reading(what, path, fault):
         raise BadInput(f"{what} {short(path, 200)} cannot be read: {reason}") from None
 
 
+@contextmanager
+def writing(path):
+    """Turn what the system says while a file is written into BadInput."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # of torch.save()'s
+        reason = getattr(cause, "strerror", None) or "its name is none, or the disk is full"
+        raise BadInput(f"{short(path, 200)} cannot be written: {reason}") from None
+
+
 def check_file(path, what, most=math.inf):
     """Raise BadInput unless the path is a regular file of at most `most` bytes.
 
@@ -77,19 +98,20 @@ def check_file(path, what, most=math.inf):
         raise BadInput(f"{what} {path} cannot be read: it has {found.st_size} bytes, over {most}")
 
 
-def read_text(path, what):
-    """The text of a file; `what` names it in the message. Raises BadInput."""
-    check_file(path, what, MOST_TEXT)
+def read_text(path, what, most=MOST_TEXT):
+    """The text of a file of at most `most` bytes; `what` names it in the message. Raises BadInput.
+    """
+    check_file(path, what, most)
     with reading(what, path, "it is no UTF-8 text"):
         return Path(path).read_text(encoding="utf-8-sig")  # with or without a byte order mark
 
 
 def without_repeated_keys(pairs):
-    """A dict of the pairs of a JSON object; raises KeyError for a key that comes twice."""
+    """A dict of the pairs of a JSON object; raises ValueError for a key that comes twice."""
     content = {}
     for key, value in pairs:
         if key in content:
-            raise KeyError(key)
+            raise ValueError(f"the key {shown(key)} comes twice")
         content[key] = value
     return content
 
@@ -99,15 +121,9 @@ def read_json(path, what):
     text = read_text(path, what)
     try:
         return json.loads(text, object_pairs_hook=without_repeated_keys)
-    except RecursionError:
-        reason = "it is nested too deeply"
-    except KeyError as error:
-        reason = f"the key {shown(*error.args)} comes twice"
-    except json.JSONDecodeError as error:
-        reason = kind_of(path) or f"{error.msg} in line {error.lineno}"
-    except ValueError:
-        reason = "a number has too many digits"
-    raise BadInput(f"{what} {path} cannot be read as JSON: {reason}")
+    except (ValueError, RecursionError) as error:  # of too many digits it says after ; what to set
+        reason = kind_of(path) or str(error).partition(";")[0]
+        raise BadInput(f"{what} {path} cannot be read as JSON: {reason}") from None
 
 
 def write_atomically(path, write):
@@ -115,7 +131,7 @@ def write_atomically(path, write):
 
     What is no regular file, like /dev/null, is written as it is. Raises BadInput where the disk
     is full or closed; what lay at `path` is still there then."""
-    try:
+    with writing(path):
         path = Path(os.path.realpath(path))
         if path.exists() and not path.is_file():
             with open(path, "wb") as file:
@@ -131,12 +147,6 @@ def write_atomically(path, write):
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except ValueError:
-        raise BadInput(f"{short(path, 200)} cannot be written: its name is none") from None
-    except (OSError, RuntimeError) as error:  # torch.save: "failed writing", the cause behind it
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(cause, "strerror", None) or "the disk may be full"
-        raise BadInput(f"{short(path, 200)} cannot be written: {reason}") from None
 
 
 def write_text(path, text):
@@ -156,33 +166,31 @@ def write_rows(path, content):
 
 def append_row(path, row):
     """Append a dict to a log of JSON lines; raises BadInput where the disk is full."""
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-    except OSError as error:
-        raise BadInput(f"{path} cannot be written: {error.strerror}") from None
+    with writing(path), open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
-def is_row(row):
-    """Whether what a line of a log holds is a row that a run wrote."""
-    return (isinstance(row, dict) and isinstance(row.get("stage"), str)
-            and type(row.get("epoch")) is int and type(row.get("step", 0)) is int
-            and not any(isinstance(value, list | dict) for value in row.values()))
+def is_row(row, stages=None):
+    """Whether what a line of a log holds is a row that a run wrote, of one of some stages."""
+    match row:
+        case {"stage": str(stage), "epoch": int()} if type(row.get("step", 0)) is int:
+            flat = not any(isinstance(value, list | dict) for value in row.values())
+            return flat and (stages is None or stage in stages)
+    return False
 
 
-def read_rows(path):
+def read_rows(path, stages=None):
     """(the rows of a run's log, how many lines are none); a last one that was cut is not counted.
-    """
-    lines = []
-    with suppress(FileNotFoundError):
-        lines = path.read_text(errors="replace").splitlines(keepends=True)
+
+    stages  of the rows; None: any"""
+    text = path.read_text(errors="replace") if path.exists() else ""
     rows = []
     others = 0
-    for line in lines:
+    for line in text.splitlines(keepends=True):
         row = None
         with suppress(ValueError, RecursionError):
             row = json.loads(line)
-        if is_row(row):
+        if is_row(row, stages):
             rows.append(row)
         else:
             others += line.endswith("\n")
@@ -241,8 +249,8 @@ def read_npz(path, key, what):
     with np.load(path, allow_pickle=False) as arrays:
         check_unpacked(arrays.zip, path, what)
         nameless = arrays.files == ["arr_0"]
-        feats = chosen(arrays, "arr_0" if nameless else key, path, what)
-        return np.asarray(feats)  # a part that is no array comes as bytes
+        key = "arr_0" if nameless else key
+        return np.asarray(chosen(arrays, key, path, what))  # what is no array comes as bytes
 
 
 def read_pt(path, key, what):
@@ -272,28 +280,23 @@ def separator_of(line):
     return next((mark for mark in "\t;" if mark in line), ",")
 
 
-def open_table(path):
-    """(the open text file, what stands between its cells, the cells of its header or [])."""
-    file = open(path, encoding="utf-8-sig")  # noqa: SIM115, the caller closes it
-    first, second = file.readline(), file.readline()
-    between = separator_of(first)
-    cells = first.strip("\r\n").split(between)
-    header = cells if is_header(cells, second) else []
-    file.seek(0)
-    if header:
-        file.readline()
-    return file, between, header
+def open_table(path, what):
+    """(the lines of a table below its header, what stands between its cells, the header or [])."""
+    lines = read_text(path, what, MOST_UNPACKED // 8).split("\n")
+    between = separator_of(lines[0])
+    cells = lines[0].split(between)
+    header = cells if is_header(cells, "".join(lines[1:2])) else []
+    return lines[bool(header):], between, header
 
 
-def odd_cell(lines, between, before):
-    """Where a table is none, in words; lines: without the `before` lines of its header."""
-    width = 0
-    for number, line in enumerate(lines, before + 1):
-        cells = line.strip("\r\n").split(between)
-        width = width or len(cells)
-        if line.strip() and len(cells) != width:
+def odd_cell(lines, between, first):
+    """Where a table is none, in words; first: the number of the first of its lines."""
+    width = lines[0].count(between) + 1 if lines else 0
+    for number, line in enumerate(lines, first):
+        cells = line.split(between) if line.strip() else []
+        if cells and len(cells) != width:
             return f"line {number} has {len(cells)} columns, those before {width}"
-        for column, cell in enumerate(cells if line.strip() else (), 1):
+        for column, cell in enumerate(cells, 1):
             try:
                 float(cell)
             except ValueError:
@@ -303,16 +306,12 @@ def odd_cell(lines, between, before):
 
 def read_table(path, key, what):
     """The numbers of a text file, a line a step, with commas, semicolons or tabs between them."""
-    check_file(path, what, MOST_UNPACKED // 8)
-    file, between, header = open_table(path)
-    with file:
-        start = file.tell()
-        with suppress(ValueError):
-            found = np.loadtxt(file, delimiter=between, ndmin=2, comments=None)
-            if found.size:
-                return found
-        file.seek(start)
-        fault = kind_of(path) or odd_cell(file, between, int(bool(header)))
+    lines, between, header = open_table(path, what)
+    with suppress(ValueError):
+        found = np.loadtxt(lines, delimiter=between, ndmin=2, comments=None)
+        if found.size:
+            return found
+    fault = kind_of(path) or odd_cell(lines, between, 2 if header else 1)
     raise BadInput(f"{what} {path} cannot be read: {fault}")
 
 
@@ -320,9 +319,7 @@ def columns_of(source):
     """What the header of a table of features calls its columns; [] of another source."""
     if isinstance(source, np.ndarray) or READERS.get(source.suffix) is not read_table:
         return []
-    file, _, header = open_table(source)
-    file.close()
-    return header
+    return open_table(source, "feature file")[2]
 
 
 READERS = {".npy": read_npy, ".npz": read_npz, ".pt": read_pt, ".pth": read_pt,
@@ -379,8 +376,7 @@ def read_features(source, how, name, shape=None):
             reason = IS_VIDEO if suffix.lower() in VIDEOS else kind_of(source)
             raise BadInput(f"{where} is of no kind that is read, {', '.join(READERS)} "
                            f"(--extension){reason and '; '}{reason}")
-        with reading(what, source, NO_ARRAY), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong is said below
+        with reading(what, source, NO_ARRAY), warnings.catch_warnings(action="ignore"):
             feats = READERS[suffix](source, how.key, what)
     if feats.ndim != 2 or 0 in feats.shape or feats.dtype.kind not in "fiu":
         raise BadInput(f"{where} must hold real numbers of shape (T, D), not "
@@ -435,22 +431,21 @@ def memory_of(source, how):
     """The file, in the user's cache, that remembers sum_features() of a feature file."""
     name = hashlib.sha256(os.fsencode(f"{os.path.abspath(source)}\n{how}")).hexdigest()
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache, "apl", f"{name[:32]}.npz")
+    return Path(cache, "apl", f"{name[:32]}.sums")
 
 
-def digest_of(row):
-    """What tells that a row of numbers was changed."""
-    return hashlib.sha256(row.tobytes()).hexdigest()
+def seal_of(state, numbers):
+    """What tells that a file's state is another, or that its numbers (bytes) were changed."""
+    return hashlib.sha256(state.encode() + numbers).digest()
 
 
 def remembered(memory, state):
     """The Sums in a file of the cache; None if it is of another state, or odd in any way."""
-    with suppress(Exception), np.load(memory, allow_pickle=False) as known:
-        row = known["row"]
-        steps, gaps, *rest = row[len(state):]
-        mean, spread = np.split(np.array(rest), 2)
-        sound = str(known["digest"]) == digest_of(row) and np.array_equal(row[:len(state)], state)
-        if sound and np.isfinite(row).all():
+    with suppress(OSError):
+        content = memory.read_bytes()
+        if content[:32] == seal_of(state, content[32:]):
+            steps, gaps, *rest = np.frombuffer(content[32:])
+            mean, spread = np.split(np.array(rest), 2)
             return Sums(int(steps), mean, spread, int(gaps))
     return None
 
@@ -463,16 +458,16 @@ def sum_once(source, how, name):
     if isinstance(source, np.ndarray) or not os.path.isfile(source):
         return sum_features(source, how, name)
     now = os.stat(source)
-    state = np.array([now.st_size, now.st_mtime_ns, now.st_ctime_ns], dtype=np.float64)
+    state = f"{now.st_size} {now.st_mtime_ns} {now.st_ctime_ns}"
     memory = memory_of(source, how)
     ours = not memory.is_symlink() and (memory.is_file() or not memory.exists())
     known = remembered(memory, state) if ours else None
     sums = known or sum_features(source, how, name)
     if ours and not known and is_first():
-        row = np.hstack([state, sums.steps, sums.gaps, sums.mean, sums.spread])
+        numbers = np.hstack([sums.steps, sums.gaps, sums.mean, sums.spread]).tobytes()
         with suppress(OSError):
             memory.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(memory, row=row, digest=digest_of(row))
+            memory.write_bytes(seal_of(state, numbers) + numbers)
     return sums
 
 

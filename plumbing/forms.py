@@ -183,16 +183,16 @@ def unknown_video(duration, fps):
 
 # What else a subset is called, where none has its name.
 ALIASES = {
-    "training": ("train",), "train": ("training",), "test": ("testing",), "testing": ("test",),
-    "val": ("valid", "validation"), "valid": ("val", "validation"),
-    "validation": ("val", "valid", "test", "testing"),
+    "training": "train", "train": "training", "test": "testing", "testing": "test",
+    "val": "valid validation", "valid": "val validation", "validation": "val valid test testing",
 }
 
 
 def in_subset(annotations, subset):
     """The annotations {id: Annotation} of a subset, in any letter case, or of one of its ALIASES.
     """
-    for wanted in (subset.lower(), *ALIASES.get(subset.lower(), ())):
+    subset = subset.lower()
+    for wanted in (subset, *ALIASES.get(subset, "").split()):
         found = {name: a for name, a in annotations.items() if a.subset.lower() == wanted}
         if found:
             return found
@@ -211,13 +211,16 @@ def as_one_class(annotations):
             for name, a in annotations.items()}
 
 
+def half_inside(segments, duration):
+    """Which segments (N, 2) lie at least half inside the video -> (N,) bool."""
+    return (np.diff(segments.clip(0, duration)) >= 0.5 * np.diff(segments))[:, 0]
+
+
 def good_segments(a, duration):
     """Which segments of an Annotation end after they start and lie at least half inside the video.
 
     -> (N,) bool"""
-    starts, ends = a.segments.T
-    inside = ends.clip(max=duration) - starts.clip(0)
-    return (ends > starts) & (inside >= 0.5 * (ends - starts))
+    return (np.diff(a.segments)[:, 0] > 0) & half_inside(a.segments, duration)
 
 
 def class_names(annotations):

@@ -23,17 +23,15 @@ def write_configuration(run):
 
     videos.json has the annotations that the run may know, in seconds."""
     d, out = run.data, run.folder.path
-    parts = {"labelled": d.labelled, "unlabelled": d.unlabelled, "test": d.test}
-    ids = {part: [video.id for video in videos] for part, videos in parts.items()}
-    split = {"labelled": ids["labelled"], "unlabelled": ids["unlabelled"],
-             "missing_classes": d.missing}
+    split = {"labelled": [video.id for video in d.labelled],
+             "unlabelled": [video.id for video in d.unlabelled], "missing_classes": d.missing}
     known = {name: forms.listed(a.segments.tolist(), a.labels) for name, a in d.truth.items()}
     for video in d.labelled:
         names = [d.classes[label] for label in video.labels]
         known[video.id] = forms.listed(video.in_seconds(video.segments).tolist(), names)
     entries = {}
-    for part, videos in parts.items():
-        for video in videos:
+    for part in ("labelled", "unlabelled", "test"):
+        for video in getattr(d, part):
             entries[video.id] = {"part": part, "duration": video.duration,
                                  "annotations": known.get(video.id)}
     files.write_json(out / "config.json", asdict(run.s), indent=1)
@@ -56,13 +54,20 @@ def check_finite(run, what, value, ids):
                         f"stage {at.stage} (videos {several(ids)}); {advice}")
 
 
+def is_terminal():
+    """Whether somebody watches."""
+    return is_first() and sys.stdout is not None and sys.stdout.isatty()
+
+
 def show_step(run, parts):
     """A step on the console, and every s.log_every steps in log.jsonl; parts: of its loss."""
     at, pace = run.at, run.pace
     run.steps.append({key: torch.as_tensor(value).detach() for key, value in parts.items()})
-    if runs.is_terminal():
+    if is_terminal():
         _, steps, _ = run.plan[at.stage]
-        runs.show_bar(at.stage, at.done, steps, pace.time_left(at.step))
+        bar = ("#" * (30 * at.done // steps)).ljust(30, ".")
+        left = pace.time_left(at.step)
+        print(f"\r{at.stage:<10} [{bar}] {at.done}/{steps}  {left} ", end="", flush=True)
     if at.step % run.s.log_every == 0 or at.step == pace.total:
         values = {key: float(value) for key, value in run.steps[-1].items()}
         run.folder.log(at, **pace.row(at.step), **values)
@@ -81,7 +86,11 @@ def show_epoch(run):
         for key in ("cls", "reg") if mine else ():
             each = [float(step[prefix + key] / step[prefix + "t_plus"]) for step in mine]
             line += f" {key} {np.mean(each):.3f}"
-    runs.show_line(f"{line}  {run.pace.time_left(at.step)}")
+    line += f"  {run.pace.time_left(at.step)}"
+    if is_terminal():  # over the bar
+        sys.stdout.write("\r")
+        line = f"{line:<80}"
+    say(line)
 
 
 def run_extra(run, name):

@@ -45,14 +45,18 @@ def trust_of(ranked):
 
 # ---- The list -----------------------------------------------------------------------------------
 
+def are_one(a, b):
+    """Whether the tIoU of two segments [start, end] is over 0.5."""
+    starts, ends = zip(a, b)
+    return 2 * (min(ends) - max(starts)) > max(ends) - min(starts)
+
+
 def once(actions):
     """Actions [{"segment", "label", "score"}] without those that are mostly one of a better score.
     """
     kept = []
     for a in sorted(actions, key=lambda a: -a["score"]):
-        start, end = a["segment"]
-        if all(2 * (min(end, b["segment"][1]) - max(start, b["segment"][0]))
-               <= max(end, b["segment"][1]) - min(start, b["segment"][0]) for b in kept):
+        if not any(are_one(a["segment"], b["segment"]) for b in kept):
             kept.append(a)
     return kept
 

@@ -25,9 +25,14 @@ def share_of(items):
     return items[process_rank()::process_count()]
 
 
+def is_one_of_many():
+    """Whether torchrun has started several processes, joined yet or not."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def join_processes(device):
     """Join the processes that torchrun started; without torchrun nothing happens."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if is_one_of_many() and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
 
@@ -101,15 +106,14 @@ def pick_device(name):
     cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if name.startswith("cuda") and is_one_of_many():
         rank = int(os.environ["LOCAL_RANK"])
         if name != "cuda" or rank >= torch.cuda.device_count():
             raise BadInput(f"--device {name} under torchrun: each process needs a device of its "
                            f"own, cuda, and {torch.cuda.device_count()} are here")
         torch.cuda.set_device(rank)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about names that torch is giving up
+        with warnings.catch_warnings(action="ignore"):  # about names that torch is giving up
             torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]

@@ -7,54 +7,56 @@ from plumbing.checkpoints import file_of
 from plumbing.files import load_torch, reading
 from plumbing.words import BadInput, several
 
-# Names of the public ActionFormer and of this project.
-RENAMED = (
-    (r"backbone\.embd\.(\d)\.conv", r"backbone.embed.convs.\1"),
-    (r"backbone\.embd_norm", "backbone.embed.norms"),
-    (r"\.ln(\d)\.", r".norm\1."),
-    (r"attn\.(query|key|value)_conv\.conv", r"attn.convs.\1"),
-    (r"attn\.(query|key|value)_norm", r"attn.norms.\1"),
-    (r"attn\.(query|key|value)\.", r"attn.linears.\1."),
-    (r"mlp\.3", "mlp.2"),
-    (r"drop_path_attn", "drop1"),
-    (r"drop_path_mlp", "drop2"),
-    (r"neck\.fpn_norms", "backbone.neck"),
-    (r"cls_head\.cls_head\.conv", "cls_out"),
-    (r"reg_head\.offset_head\.conv", "reg_out"),
-    (r"(cls|reg)_head\.head\.(\d)\.conv", r"\1_trunk.convs.\2"),
-    (r"(cls|reg)_head\.norm", r"\1_trunk.norms"),
-    (r"query", "0"),
-    (r"key", "1"),
-    (r"value", "2"),
-)
+# Names of the public ActionFormer, as patterns, and of this project; they are replaced in turn.
+RENAMED = r"""
+    backbone\.embd\.(\d)\.conv               backbone.embed.convs.\1
+    backbone\.embd_norm                      backbone.embed.norms
+    \.ln(\d)\.                               .norm\1.
+    attn\.(query|key|value)_conv\.conv       attn.convs.\1
+    attn\.(query|key|value)_norm             attn.norms.\1
+    attn\.(query|key|value)\.                attn.linears.\1.
+    mlp\.3                                   mlp.2
+    drop_path_attn                           drop1
+    drop_path_mlp                            drop2
+    neck\.fpn_norms                          backbone.neck
+    cls_head\.cls_head\.conv                 cls_out
+    reg_head\.offset_head\.conv              reg_out
+    (cls|reg)_head\.head\.(\d)\.conv         \1_trunk.convs.\2
+    (cls|reg)_head\.norm                     \1_trunk.norms
+    query                                    0
+    key                                      1
+    value                                    2
+"""
 
 CLASS_LAYERS = (  # how the names of weights begin that are of one class each
     "cls_out", "classes.", "activity_fc", "completeness_fc", "regressor_fc")
 
 
-def reshaped(key, value):
+def reshaped(value):
     """A weight of the public ActionFormer in this project's shape."""
     if value.ndim < 3:
         return value
-    if key.endswith("weight") and value.shape[1:] == (1, 3):
+    if value.shape[1:] == (1, 3):
         return value[:, 0].T  # depth-wise
-    if key.endswith("weight") and value.shape[2] == 3:
+    if value.shape[2] == 3:
         return value.permute(2, 0, 1)  # (out, in, 3) -> (3, out, in)
     return value.squeeze(-1) if value.shape[0] > 1 else value.flatten()
 
 
 def public_weights(state):
     """The public ActionFormer's state dict under this project's names and shapes."""
+    rules = [line.split() for line in RENAMED.strip().splitlines()]
     found = {}
     scales = []
     for key, value in state.items():
+        for old, new in rules:
+            key = re.sub(old, new, key)
         if "reg_head.scale" in key:
             scales.append(value.flatten())
-            continue
-        for old, new in RENAMED:
-            key = re.sub(old, new, key)
-        found[key] = reshaped(key, value)
-    return found | ({"scales": torch.cat(scales)} if scales else {})
+            found["scales"] = torch.cat(scales)
+        else:
+            found[key] = reshaped(value)
+    return found
 
 
 def read_weights(path, classes):
@@ -89,5 +91,3 @@ def take_weights(detector, path, classes=None):
     unused = [name for name in found if name not in fitting]
     return (f"{len(fitting)} of {len(mine)} weights are those of {path}; new: "
             f"{several(new, 8) or 'none'}; not used: {several(unused, 8) or 'none'}")
-
-

@@ -1,16 +1,21 @@
 """What a run keeps of itself, and how it goes on from there. `run` is a train.Run."""
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import torch
 
 from plumbing import checkpoints, files, journal, runs
+from plumbing.checkpoints import anything, count, fits, number
 from plumbing.processes import process_count
 from plumbing.settings import settings_of_stages
-from plumbing.words import is_first
+from plumbing.words import BadInput, is_first, several, short, shown
 
 FORMER = {"icd_steps": 0}  # settings that older files have: the value that changed nothing
 TUNED = ("lr", "warmup", "clip")  # what may differ from the settings of another run
+
+# ---- Saving -------------------------------------------------------------------------------------
 
 
 def state_of(run):
@@ -36,18 +41,26 @@ def state_of(run):
     } | {key: part.state_dict() for key, part in run.parts().items()}
 
 
+def begin(run, rows):
+    """From here on the files in the run's folder are its own; rows: of its log so far."""
+    run.folder.begin(rows, f"{run.s.TRAIN} --resume {run.s.out} goes on")
+    journal.write_configuration(run)
+
+
 def save(run):
-    """The whole run as one file, written by the first process."""
-    s, path = run.s, run.folder.path / "checkpoint.pt"
+    """The whole run as one file, written by the first process.
+
+    At the first save of a new run the results go that another left."""
+    folder = run.folder
     if not is_first():
         return
-    rng = checkpoints.states_of_generators(run.generator, s.device) if run.at.done else None
-    content = state_of(run) | {"rng": rng, "rows": run.folder.rows}
-    files.write_atomically(path, lambda file: torch.save(content, file))
-    if not run.folder.saved:
-        run.folder.clear()
-        journal.write_configuration(run)
-        run.folder.claim(f"{s.TRAIN} --resume {s.out} goes on")
+    rng = checkpoints.states_of_generators(run.generator, run.s.device) if run.at.done else None
+    content = state_of(run) | {"rng": rng, "rows": folder.rows}
+    files.write_atomically(folder.path / "checkpoint.pt", lambda file: torch.save(content, file))
+    if not folder.saved:
+        for name in runs.RESULTS:
+            (folder.path / name).unlink(missing_ok=True)
+        begin(run, folder.rows)
 
 
 def save_detector(run):
@@ -61,26 +74,89 @@ def save_detector(run):
     files.write_atomically(path, lambda file: torch.save(small, file))
 
 
-def expected_of(run, stages, limits):
-    """What a run asks of a checkpoint to go on from, a checkpoints.Expected.
+# ---- Going on -----------------------------------------------------------------------------------
+
+def check_settings(theirs, s, stages, where):
+    """Raise BadInput where the settings that the stages so far depend on are others."""
+    mine = asdict(s)
+    for name, value in theirs.items():
+        if name not in mine and (name, value) not in FORMER.items():
+            raise BadInput(f"{where} is not of this version: it has a setting {short(name)}")
+    for name in settings_of_stages(type(s), stages):
+        if mine[name] != theirs[name] and not (s.start and name in TUNED):
+            raise BadInput(f"{where} is of another configuration: its {name} is "
+                           f"{shown(theirs[name])}, not {shown(mine[name])}")
+
+
+def alike(theirs, mine):
+    """Whether two lists of numbers are equal to rounding, whatever machine added them up."""
+    with suppress(Exception):  # what numpy raises of what are no numbers
+        return np.shape(theirs) == np.shape(mine) and np.allclose(theirs, mine, 1e-5, 1e-6)
+    return False
+
+
+BEGIN = "; a new run takes its weights with --init"  # whatever the data
+
+
+def check_data(theirs, mine, where):
+    """Raise BadInput where features or labels are not those that a checkpoint was trained on.
+
+    theirs, mine  what it holds, and what the run would write"""
+    for key, what in (("fingerprint", "features"), ("instances", "labels")):
+        old, new = theirs.get(key), mine[key]
+        if not isinstance(old, dict):
+            raise BadInput(f"{where} is not of this version: it does not say what data it is of")
+        changed = [name for name in new | old if not alike(old.get(name), new.get(name))]
+        if changed:
+            raise BadInput(f"{where} is of other data: {len(changed)} videos are new, gone or have "
+                           f"other {what} now: {several(changed)}{BEGIN}")
+    if theirs["classes"] != mine["classes"]:
+        raise BadInput(f"{where} is of other data: its classes are not those of "
+                       f"{short(mine['settings']['dataset'], 150)}{BEGIN}")
+
+
+PATTERNS = {int: count, float: number, type(None): number}  # of what the run itself would write
+SEEN = ("settings", "stage", "fingerprint", "instances", "trust", "rng")  # each in its own check
+
+
+def check_run(content, run, stages, limits, where):
+    """Raise BadInput for a checkpoint that a run cannot go on from.
 
     stages  the names of all stages in their order
     limits  {column of the pseudo labels: what its numbers stay below, None: they are real}"""
-    known = {stage: settings_of_stages(type(run.s), stages[:n])
-             for n, stage in enumerate(stages, 1)}
-    return checkpoints.Expected(
-        run.s, known, FORMER, TUNED, state_of(run), run.parts(), limits)
+    mine, stage = state_of(run), content.get("stage")
+    if stage not in stages:
+        raise BadInput(f"{where} holds the detector alone, or is not of this version: its stage is "
+                       f"{shown(stage)}")
+    check_settings(content["settings"], run.s, stages[:stages.index(stage) + 1], where)
+    check_data(content, mine, where)
+    pattern = {name: PATTERNS.get(type(value), value) for name, value in mine.items()}
+    pattern |= {name: checkpoints.state_form(part) for name, part in run.parts().items()}
+    pattern |= dict.fromkeys(SEEN, anything)
+    pattern["rows"] = partial(checkpoints.sound_rows, stages=stages)
+    content.setdefault("rows", [])  # which an older file has not, nor how far to trust a list
+    content.setdefault("trust", None)
+    if content.get("pseudo") is not None:
+        record = partial(checkpoints.sound_record, limits=limits)
+        pattern["pseudo"] = dict.fromkeys([video.id for video in run.data.unlabelled], record)
+    fits(content, pattern, where)
+    done, processes = content["done"], content["processes"]
+    if done:
+        fits(content["rng"], checkpoints.random_states, f"{where}, rng")
+    if processes != process_count() and (done or not run.s.start):
+        raise BadInput(f"{where} is of {processes} process(es), not {process_count()}")
 
 
 def restore(run, stages, limits):
     """Load the checkpoint of --resume or --start into a run, where one is asked for.
 
-    stages, limits  as expected_of() has them
+    stages, limits  as check_run() has them
     Raises BadInput."""
-    if not run.s.resume and not run.s.start:
-        return
     path = run.s.resume or run.s.start
-    content = checkpoints.load(path, type(run.s), expected_of(run, stages, limits))
+    if not path:
+        return
+    content = checkpoints.load(path, type(run.s))
+    check_run(content, run, stages, limits, f"checkpoint {checkpoints.file_of(path)}")
     for key, part in run.parts().items():
         part.load_state_dict(content[key])
     run.at = runs.Progress(**{name: content[name] for name in asdict(run.at)})
@@ -95,6 +171,4 @@ def take_folder(run, stop, stages):
     """Make the run's folder its own; a resumed one goes on in what lies there."""
     run.folder.open(stop)
     if run.s.resume and is_first():
-        run.folder.cut_log(run.at, stages)
-        journal.write_configuration(run)
-        run.folder.claim(f"{run.s.TRAIN} --resume {run.s.out} goes on")
+        begin(run, run.folder.rows_until(run.at, stages))

@@ -1,20 +1,20 @@
-"""Runs: signals and errors, the folder of a run with its lock and log, the console."""
+"""Runs: signals and errors, the folder of a run with its lock and log, how fast it goes."""
 import fcntl
 import math
 import re
 import signal
-import sys
 import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from plumbing.files import append_row, read_rows, write_rows
 from plumbing.processes import leave_processes, process_count, rows_of_all
-from plumbing.words import BadInput, complain, is_first, say, warn
+from plumbing.words import BadInput, complain, is_first, warn
 
 # ---- Signals and errors -------------------------------------------------------------------------
 
@@ -66,10 +66,14 @@ def asked_to_stop(stop, device):
     return stop.signal > 0
 
 
-def lost_another(error):
-    """Whether an error is that another process which shares the batch is gone."""
+def cause_of(error):
+    """The cause of an error, in words, where it is not ours; else ""."""
     said = str(error).lower()
-    return process_count() > 1 and any(word in said for word in ("gloo", "nccl", "connection"))
+    if isinstance(error, MemoryError) or "memory" in said:
+        return "the memory is too small: lower --batch or --max-steps"
+    if process_count() > 1 and re.search("gloo|nccl|connection", said):
+        return "another process of the run has ended"
+    return ""
 
 
 @contextmanager
@@ -93,12 +97,10 @@ def watch(unsaved=""):
     except (BadInput, OSError) as error:
         raise BadInput(f"{error}{stop.way_on}") from None
     except (MemoryError, RuntimeError) as error:
-        what = "the memory is too small: lower --batch or --max-steps"
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            if not lost_another(error):
-                raise
-            what = "another process of the run has ended"
-        raise Broken(f"{what}{stop.way_on or unsaved}") from error
+        cause = cause_of(error)
+        if not cause:
+            raise
+        raise Broken(f"{cause}{stop.way_on or unsaved}") from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -204,34 +206,28 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             stop.lock = keep_others_out(self.path)
 
-    def claim(self, way_on):
-        """The files in it are this run's from here on; way_on: how to go on, in words."""
-        self.saved = True
-        self.stop.way_on = f"; {way_on}"
-
-    def clear(self):
-        """At the first save of a new run the results that another left go, and the log begins."""
-        for name in RESULTS:
-            (self.path / name).unlink(missing_ok=True)
-        write_rows(self.path / "log.jsonl", self.rows)
-        self.rows = []
-
-    def cut_log(self, at, stages):
-        """Of the log of a resumed run keep the rows up to its checkpoint's Progress `at`.
+    def rows_until(self, at, stages):
+        """Of the log of a resumed run the rows up to its checkpoint's Progress `at`.
 
         A run that was killed at its first save has them in the checkpoint alone. Rows that no run
         wrote are left out, which a warning counts."""
         path = self.path / "log.jsonl"
         reached = stages.index(at.stage), at.epoch + (at.done > 0), at.step
-        found, others = read_rows(path)
-        ours = [row for row in self.rows or found if row["stage"] in stages]
-        others += len(self.rows or found) - len(ours)
+        found, others = read_rows(path, stages)
         if others:
             warn([f"{path}: {others} lines are no rows of a run, and left out"])
-        write_rows(path, [
-            row for row in ours
-            if (stages.index(row["stage"]), row["epoch"], row.get("step", 0)) <= reached])
+        return [row for row in self.rows or found if reached >= (
+            stages.index(row["stage"]), row["epoch"], row.get("step", 0))]
+
+    def begin(self, rows, way_on):
+        """From here on the files in it are this run's, and rows are logged at once.
+
+        rows    of the log so far
+        way_on  how to go on, in words"""
+        write_rows(self.path / "log.jsonl", rows)
         self.rows = []
+        self.saved = True
+        self.stop.way_on = f"; {way_on}"
 
     def log(self, at, **row):
         """A row of log.jsonl."""
@@ -242,7 +238,7 @@ class Folder:
             self.rows.append(row)
 
 
-# ---- The console --------------------------------------------------------------------------------
+# ---- Time ---------------------------------------------------------------------------------------
 
 class Pace:
     """How fast the steps of a stage go.
@@ -265,33 +261,10 @@ class Pace:
     def time_left(self, step):
         """How long the whole run still takes at this pace, in words."""
         seconds = (self.whole - step) * self.seconds(step)
-        minutes, seconds = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02}:{seconds:02} left"
+        return f"{timedelta(seconds=round(seconds))} left"
 
     def row(self, step):
         """What log.jsonl says of it."""
         seconds = max(self.seconds(step), 1e-9)
         return {"step": step, "of": self.total, "steps_a_second": 1 / seconds,
                 "seconds_left": (self.total - step) * seconds}
-
-
-def is_terminal():
-    """Whether somebody watches."""
-    return is_first() and sys.stdout is not None and sys.stdout.isatty()
-
-
-def show_bar(stage, done, steps, left):
-    """A bar of an epoch's steps on a terminal; left: words at its end."""
-    filled = 30 * done // steps
-    bar = "#" * filled + "." * (30 - filled)
-    sys.stdout.write(f"\r{stage:<10} [{bar}] {done}/{steps}  {left} ")
-    sys.stdout.flush()
-
-
-def show_line(line):
-    """A line about an epoch that has ended, over its bar."""
-    if is_terminal():
-        sys.stdout.write("\r")
-        line = f"{line:<80}"
-    say(line)

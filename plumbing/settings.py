@@ -5,7 +5,9 @@ the field stands in says from which stage on it matters (`since`, "run" if it ch
 and under which heading --help lists it (`heading`).
 """
 import argparse
+import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Annotated
@@ -68,21 +70,19 @@ def choices_of(f):
     return f.type.__metadata__[1] if type_of(f) is str else ()
 
 
-def check_setting(f, value):
-    """Raise BadInput for what a setting may not be."""
+def rule_for(f, value):
+    """What a setting must be, in words, where a value is not; else ""."""
     kind = type_of(f)
-    types = (int, float) if kind is float else (kind,)
-    if type(value) not in types:
-        raise BadInput(f"setting {f.name} must be of type {kind.__name__}, not {shown(value)}")
+    if type(value) is not kind and (kind, type(value)) != (float, int):
+        return f"of type {kind.__name__}"
     if kind is str and "\0" in value:
-        raise BadInput(f"setting {f.name} must hold no NUL, but is {shown(value)}")
+        return "without NUL"
     if choices_of(f) and value not in choices_of(f):
-        raise BadInput(f"setting {f.name} must be one of {', '.join(choices_of(f))}, not "
-                       f"{shown(value)}")
+        return f"one of {', '.join(choices_of(f))}"
     if kind in (int, float):
         _, least, most, words = f.type.__metadata__
-        if not least <= value <= most:
-            raise BadInput(f"setting {f.name} must be {words}, but is {shown(value)}")
+        return "" if least <= value <= most else words
+    return ""
 
 
 class CheckedSettings:
@@ -92,7 +92,10 @@ class CheckedSettings:
 
     def __post_init__(self):
         for f in fields(self):
-            check_setting(f, getattr(self, f.name))
+            value = getattr(self, f.name)
+            rule = rule_for(f, value)
+            if rule:
+                raise BadInput(f"setting {f.name} must be {rule}, not {shown(value)}")
 
     def look(self, dataset):
         """Warnings about a data set that a run reads, which may raise BadInput; none here."""
@@ -197,16 +200,18 @@ class RunSettings(CheckedSettings):
 
 # ---- The command line ---------------------------------------------------------------------------
 
+def with_dashes(match):
+    """What a pattern has matched with - in the place of _."""
+    return match[0].replace("_", "-")
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, and to which _ is -."""
 
     def parse_known_args(self, args=None, namespace=None):
         """What argparse has, of flags with - in the place of _."""
-        words = []
-        for word in map(str, sys.argv[1:] if args is None else args):
-            name, *value = word.split("=", 1) if word.startswith("--") else [word]
-            name = name.replace("_", "-") if word.startswith("--") else name
-            words.append("=".join([name, *value]))
+        words = map(str, sys.argv[1:] if args is None else args)
+        words = [re.sub("^--[^=]*", with_dashes, word) for word in words]
         return super().parse_known_args(words, namespace)
 
     def error(self, message):
@@ -221,10 +226,15 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def opening_of(kind):
-    """What opens the docstring of the module of a class: a sentence, and its commands."""
+def parser_for(kind, **more):
+    """A Parser whose help opens as the docstring of the module of a class does: a sentence, and
+    its commands."""
     doc = sys.modules[kind.__module__].__doc__ or ""  # python -OO drops it
-    return "\n\n".join(doc.split("\n\n")[:2])
+    return Parser(
+        description="\n\n".join(doc.split("\n\n")[:2]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **more)
 
 
 def add_setting(group, f, preset, hidden):
@@ -246,11 +256,7 @@ def parser_of(names, kind, own):
     """The parser of some settings of a class, without defaults, and of arguments of its own.
 
     own  {name: (type, help)}, also in the place of a setting's"""
-    parser = Parser(
-        description=opening_of(kind),
-        usage=argparse.SUPPRESS,  # the commands stand in the description
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)
+    parser = parser_for(kind, usage=argparse.SUPPRESS)  # the commands stand in the description
     arguments = {f.name: (type_of(f), comment_of(f)) for f in fields(kind)} | own
     for name in names:
         value, comment = arguments[name]
@@ -268,13 +274,11 @@ def read_arguments(argv, kind):
     first.add_argument("--paper", action=argparse.BooleanOptionalAction)
     known, _ = first.parse_known_args(argv)
     preset = kind.preset(known.dataset, known.paper)
-    parser = Parser(
-        description=opening_of(kind),
+    parser = parser_for(
+        kind,
         usage=f"{kind.TRAIN} [--setting value ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="[S] the paper states it, [A] the public ActionFormer has it, [J] neither.\n"
                f"The defaults are those in force for --dataset {short(known.dataset)}.",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS)
     parser.add_argument(
         "--paper", action=argparse.BooleanOptionalAction,
@@ -292,20 +296,18 @@ def read_arguments(argv, kind):
 
 def thresholds_of(text):
     """"0.3:0.7:0.1" (both ends included) or "0.3,0.5" -> tIoU thresholds; raises BadInput."""
-    try:
+    values = np.zeros(0)
+    with suppress(ValueError, ArithmeticError):
         if ":" in text:
             first, last, step = map(float, text.split(":"))
             steps = (last - first) / step
-            if abs(steps - round(steps)) > 1e-6 or not 0 <= steps < 1000:
-                raise BadInput(f"--tiou {short(text)}: the step does not divide the range")
-            values = np.linspace(first, last, round(steps) + 1)
+            if abs(steps - round(steps)) < 1e-6 and 0 <= steps < 1000:
+                values = np.linspace(first, last, round(steps) + 1)
         else:
             values = np.array(text.split(","), dtype=np.float64)
-    except (ValueError, ArithmeticError):
-        raise BadInput(
-            f"--tiou must be start:end:step or a list with commas, not {shown(text)}") from None
-    if not ((values > 0) & (values <= 1)).all():
-        raise BadInput(f"--tiou {shown(text)} gives thresholds outside (0, 1]")
+    if not len(values) or not ((values > 0) & (values <= 1)).all():
+        raise BadInput("--tiou must be start:end:step, whose step divides the range, or a list "
+                       f"with commas, of thresholds over 0 and up to 1, not {shown(text)}")
     return values
 
 

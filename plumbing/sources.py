@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from plumbing import forms, tables
-from plumbing.files import READERS, VIDEOS
+from plumbing.files import READERS, VIDEOS, files_in, is_hidden
 from plumbing.settings import SPLITS
 from plumbing.toy import toy_videos
 from plumbing.words import BadInput, several, short, shown
@@ -91,19 +91,13 @@ def feature_file(folder, name, s):
     return file
 
 
-def is_hidden(path):
-    """Whether a path is of what systems leave beside files."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-
-
 def feature_ids(folder, s):
     """{id: file} of the feature files in a folder and its sub-folders."""
     found = {}
-    for file in sorted(Path(folder).rglob(f"*{s.extension}")):
-        place = file.relative_to(folder)
+    for place, file in files_in(folder, f"*{s.extension}"):
         name = file.name.removesuffix(s.extension)
         bare = name.removeprefix(s.prefix)
-        if bare and name.startswith(s.prefix) and not is_hidden(place):
+        if bare and name.startswith(s.prefix):
             found[place.with_name(bare).as_posix()] = file
     return found
 
@@ -236,7 +230,7 @@ def check_scores(chosen, s):
     if not s.ext_scores:
         return
     scores = forms.read_video_scores(s.ext_scores)
-    named = {label for of_video in scores.values() for label in of_video}
+    named = set().union(*scores.values())
     classes = {label for a in chosen.truth.values() for label in a.labels}
     videos = scores.keys() | {name.removeprefix("v_") for name in scores}
     for what, wanted, known in (("test videos", chosen.test.keys(), videos),
@@ -304,9 +298,8 @@ def feature_files(path):
     path = Path(path)
     if not path.is_dir():
         return {path.stem: path}
-    files = [file for file in sorted(path.rglob("*"))
-             if file.suffix in READERS and not is_hidden(file.relative_to(path))]
-    found = {file.relative_to(path).with_suffix("").as_posix(): file for file in files}
+    files = [row for row in files_in(path) if row[1].suffix in READERS]
+    found = {place.with_suffix("").as_posix(): file for place, file in files}
     if len(found) < len(files) or not files:
         raise BadInput(f"{path} must hold one feature file a video ({', '.join(READERS)})")
     return found

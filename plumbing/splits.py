@@ -15,7 +15,7 @@ def stratify(order, labels, count):
 
     labels: {id: set of classes}. When every class that is left has been drawn, a round begins."""
     classes = sorted(set().union(*labels.values()))
-    has = np.array([[label in labels[name] for label in classes] for name in order], dtype=bool)
+    has = np.array([np.isin(classes, list(labels[name])) for name in order])
     whole = has.sum(1)  # classes of a video; -1 of one that is chosen
     new = whole.copy()  # of them, those not yet drawn
     covered = np.zeros(len(classes), dtype=bool)

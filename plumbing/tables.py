@@ -11,28 +11,24 @@ Times are in seconds or h:mm:ss. Bad input raises BadInput: the file, the line a
 import csv
 import io
 import re
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 from plumbing import forms
-from plumbing.files import VIDEOS, read_text, separator_of
+from plumbing.files import VIDEOS, files_in, read_text, separator_of
 from plumbing.words import BadInput, refuse, several, short, shown
-
-ENDINGS = (".csv", ".tsv", ".txt")  # of files in other forms than JSON
 
 # What columns are called, in any letter case, by people, BORIS and ELAN: of several the first in
 # this order is read.
 NAMES = {
-    "video": ("video", "media file name", "media file", "file name", "file path",
-              "observation id"),
-    "start": ("start", "start (s)", "begin time - ss.msec", "begin time - hh:mm:ss.ms",
-              "begin time - msec"),
-    "end": ("end", "stop (s)", "end time - ss.msec", "end time - hh:mm:ss.ms", "end time - msec"),
-    "label": ("label", "behavior", "annotation"),
-    "subset": ("subset",),
-    "duration": ("total length", "media duration (s)", "duration"),
-    "fps": ("fps", "fps (frame/s)"),
+    "video": "video, media file name, media file, file name, file path, observation id",
+    "start": "start, start (s), begin time - ss.msec, begin time - hh:mm:ss.ms, begin time - msec",
+    "end": "end, stop (s), end time - ss.msec, end time - hh:mm:ss.ms, end time - msec",
+    "label": "label, behavior, annotation",
+    "subset": "subset",
+    "duration": "total length, media duration (s), duration",
+    "fps": "fps, fps (frame/s)",
 }
 OF_ELAN = re.compile("(begin time|end time|duration) - .*|tier|participant|file (name|path)|")
 CLOCK = re.compile(r"(?:([0-9]+):)?([0-9]+):([0-5]?[0-9](?:\.[0-9]*)?)")  # h:mm:ss or m:ss
@@ -40,35 +36,32 @@ CLOCK = re.compile(r"(?:([0-9]+):)?([0-9]+):([0-5]?[0-9](?:\.[0-9]*)?)")  # h:mm
 
 class Table(NamedTuple):
     """A table whose columns are understood."""
-    names: dict  # {key of NAMES: what its column is called, in lower case}
+    names: dict  # {key of NAMES: what its column is called, in lower case, where it has a name}
     rows: list  # [(line, {key: cell})]
     unused: list = ()  # the names of the other columns
 
 
 # ---- Cells --------------------------------------------------------------------------------------
 
+def is_before(line):
+    """Whether a line is one that may stand before a header: empty, or as ELAN writes some."""
+    return not line.strip() or line.startswith(("#", '"#'))
+
+
 def read_cells(path):
     """([(line, cells)] of a file of cells, the header first, what stands between cells).
 
-    Empty lines are left out, and those that ELAN writes before the header. Raises BadInput."""
-    lines = read_text(path, "annotation file").splitlines(keepends=True)
-    head = 0
-    while head < len(lines) and (not lines[head].strip() or lines[head].startswith(("#", '"#'))):
-        head += 1
-    first = "".join(lines[head:head + 1])
-    between = separator_of(first)
-    text = io.StringIO("".join(lines[head:]), newline="")
-    reader = csv.reader(text, delimiter=between, strict=True)
-    rows = []
+    Empty lines are left out. Raises BadInput."""
+    lines = io.StringIO(read_text(path, "annotation file")).readlines()
+    head = len([*takewhile(is_before, lines)])
+    between = separator_of("".join(lines[head:head + 1]))
+    reader = csv.reader(lines[head:], delimiter=between, strict=True)
     try:
-        for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            if any(cells):
-                rows.append((head + reader.line_num, cells))
+        rows = [(head + reader.line_num, [*map(str.strip, cells)]) for cells in reader]
     except csv.Error as error:
         raise BadInput(
             f"annotation file {path}, line {head + reader.line_num}: {error}") from None
-    return rows, between
+    return [row for row in rows if any(row[1])], between
 
 
 def is_of_elan(names):
@@ -83,9 +76,9 @@ def names_of(header):
     header = [cell.lower() for cell in header]
     names = {}
     for key, known in NAMES.items():
-        present = [name for name in known if name in header]
-        if present:
-            names[key] = present[0]
+        for name in known.split(", "):
+            if name in header:
+                names.setdefault(key, name)
     tiers = [name for name in header if not OF_ELAN.fullmatch(name)]
     if is_of_elan(names) and len(tiers) == 1:
         names["label"] = tiers[0]
@@ -107,10 +100,14 @@ def check_names(names, header, path):
                        f"{several(header, 8) or 'empty'}{why}")
 
 
-def open_table(path):
-    """The Table of a file with a header; raises BadInput.
+def with_points(row):
+    """A row {key: cell} where no comma stands between cells: one in a number is its point."""
+    return {key: cell.replace(",", ".") if key in ("start", "end", "duration", "fps") else cell
+            for key, cell in row.items()}
 
-    Where no comma stands between cells, one in a number is its point."""
+
+def open_table(path):
+    """The Table of a file with a header; raises BadInput."""
     rows, between = read_cells(path)
     header = rows[0][1] if rows else []
     names = names_of(header)
@@ -119,16 +116,13 @@ def open_table(path):
     number = {key: lower.index(name) for key, name in names.items()}
     unused = [name for i, name in enumerate(header) if name and i not in number.values()]
     table = Table(names, [], unused)
-    numbers = () if between == "," else number.keys() & {"start", "end", "duration", "fps"}
     for line, cells in rows[1:]:
         if any(cells[len(header):]):
             raise BadInput(f"annotation file {path}, line {line} has {len(cells)} cells, its "
                            f"header {len(header)}: {shown(between.join(cells))}")
         cells += [""] * len(header)
         row = {key: forms.from_cell(cells[i]) for key, i in number.items()}
-        for key in numbers:
-            row[key] = row[key].replace(",", ".")
-        table.rows.append((line, row))
+        table.rows.append((line, row if between == "," else with_points(row)))
     return table
 
 
@@ -168,7 +162,7 @@ def fill(entry, row, names, where):
                            " it is the whole video's")
     if not row["start"] + row["end"] + row["label"]:
         return
-    start, end = (seconds_of(row[key], names[key], where) for key in ("start", "end"))
+    start, end = (seconds_of(row[key], names.get(key, key), where) for key in ("start", "end"))
     if end < start:
         raise BadInput(f"{where} the segment [{row['start']}, {row['end']}] ends before it starts")
     label = forms.read_label(row["label"], where)
@@ -200,15 +194,13 @@ def track_of(lines):
     """The Table of a label track: start, end and label in each line [(number, text)].
 
     Lines that begin with a backslash, in which Audacity has frequencies, are left out."""
-    names = {"start": "start", "end": "end", "label": "label"}
     rows = []
     for number, line in lines:
         if not line.startswith("\\"):
-            start, end, label, *_ = [*line.split("\t", 2), "", ""]
-            rows.append((number, {
-                "start": start.replace(",", "."), "end": end.replace(",", "."),
-                "label": label.strip()}))
-    return Table(names, rows)
+            cells = [*line.split("\t", 2), "", ""]
+            row = dict(zip(("start", "end", "label"), map(str.strip, cells)))
+            rows.append((number, with_points(row)))
+    return Table({}, rows)
 
 
 def frames_entry(lines, path, fps):
@@ -225,15 +217,20 @@ def frames_entry(lines, path, fps):
     return {"duration": first / fps, "fps": fps, "annotations": annotations}
 
 
+def read_table(path, fps):
+    """{id: entry} of a table; fps is not needed. Raises BadInput."""
+    return entries_of(open_table(path), path)
+
+
 def read_text_file(path, fps):
     """{id: entry} of a text file: a table, or of the video that it is named after a label track
     or a label a frame; raises BadInput."""
     text = read_text(path, "annotation file").splitlines()
     lines = [(number, line.strip(" ")) for number, line in enumerate(text, 1) if line.strip()]
-    first = next((line for _, line in lines if not line.startswith(("#", '"#'))), "")
+    first = next((line for _, line in lines if not is_before(line)), "")
     cells = [cell.strip('" ') for cell in first.split("\t")]
     if {"start", "end"} <= names_of(cells).keys():
-        return entries_of(open_table(path), path)
+        return read_table(path, fps)
     if lines and len(cells) == 1:
         return {path.stem: frames_entry(lines, path, fps)}
     return {path.stem: {"annotations": []}} | entries_of(track_of(lines), path)
@@ -242,10 +239,7 @@ def read_text_file(path, fps):
 def read_folder(folder, fps):
     """{id: entry} of the text files of a folder and its sub-folders; raises BadInput."""
     found = {}
-    for path in sorted(folder.rglob("*.txt")):
-        place = path.relative_to(folder)
-        if any(part.startswith(".") for part in place.parts):
-            continue
+    for place, path in files_in(folder, "*.txt"):
         entries = read_text_file(path, fps)
         if entries.keys() == {path.stem}:
             entries = {place.with_suffix("").as_posix(): entries[path.stem]}
@@ -261,21 +255,23 @@ def read_folder(folder, fps):
 
 # ---- All forms ----------------------------------------------------------------------------------
 
-def ending_of(path):
-    """The ending of a file's name, in lower case."""
-    return Path(path).suffix.lower()
+READERS = {".csv": read_table, ".tsv": read_table, ".txt": read_text_file}  # of what is no JSON
+
+
+def reader_of(path):
+    """What reads the entries of a path in another form than JSON; None: nothing."""
+    return read_folder if path.is_dir() else READERS.get(path.suffix.lower())
 
 
 def is_known(path):
     """Whether a path names annotations, by its ending or as a folder."""
-    return ending_of(path) in (".json", *ENDINGS) or Path(path).is_dir()
+    path = Path(path)
+    return path.suffix.lower() == ".json" or reader_of(path) is not None
 
 
 def unused_columns(path):
     """What is not read of the table at a path, in words, as a list; [] of other forms."""
-    if ending_of(path) not in (".csv", ".tsv"):
-        return []
-    unused = open_table(Path(path)).unused
+    unused = open_table(path).unused if reader_of(path) is read_table else []
     return [f"the column(s) {several(unused)} of {path}"] if unused else []
 
 
@@ -286,14 +282,10 @@ def read_any(path, ignored="", fps=0):
     fps      of all videos; 0 or None: as the file says
     Where no video has a subset, all are of "training". Raises BadInput."""
     path = Path(path)
-    if path.is_dir():
-        entries = read_folder(path, fps)
-    elif ending_of(path) == ".txt":
-        entries = read_text_file(path, fps)
-    elif ending_of(path) in ENDINGS:
-        entries = entries_of(open_table(path), path)
-    else:
+    read = reader_of(path)
+    if read is None:
         return forms.read_annotations(path, ignored or "", fps)
+    entries = read(path, fps)
     if not any("subset" in entry for entry in entries.values()):
         for entry in entries.values():
             entry["subset"] = "training"

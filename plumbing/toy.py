@@ -55,5 +55,3 @@ def toy_videos(seed, train=40, test=24, pairs=3, dim=32):
         subset = "training" if number < train else "validation"
         features[name], annotations[name] = toy_video(rng, looks, classes, subset)
     return annotations, features
-
-

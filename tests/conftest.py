@@ -18,6 +18,8 @@ def pytest_configure(config):
     config.option.reportchars += "s"  # a test that is skipped says why
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # Sums depend on the number of threads, and a forked process has no other: one, everywhere.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"

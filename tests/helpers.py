@@ -17,7 +17,7 @@ SHARED = ROOT.parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=(
     "the reference outputs and the real data lie in ../shared, which is absent"))
 TINY = (  # a run of seconds: a small network, few steps
-    "--channels", 16, "--heads", 2, "--windows", 5, "--ranges", "0:8,8:16,16:inf",
+    "--channels", 16, "--heads", 2, "--stem", 1, "--windows", 5, "--ranges", "0:8,8:16,16:inf",
     "--pretrain-epochs", 2, "--supervised-epochs", 2, "--supervised-steps", 4,
     "--joint-epochs", 2, "--max-steps", 96, "--acp-steps", 10, "--log-every", 5, "--device", "cpu",
     "--precision", "float32", "--no-page", "--acp", "coarse+fine", "--input-dropout", 0)

@@ -17,9 +17,12 @@ from tests.helpers import finished, own_argv, read_result
 
 # ---- tables.py ----------------------------------------------------------------------------------
 
+SHORT = ("--pretrain-epochs", 1, "--supervised-epochs", 1, "--joint-epochs", 1)
+
+
 def table_argv(own, *more):
     """The command line of tables.py for the user's data set, two seeds."""
-    argv = own_argv(own, "--theta-l", 0.0, "--runs", own / "tables", "--seeds", 2, *more)
+    argv = own_argv(own, *SHORT, "--theta-l", 0.0, "--runs", own / "tables", "--seeds", 2, *more)
     at = argv.index("--out")
     return argv[:at] + argv[at + 2:]
 

@@ -451,7 +451,7 @@ UNCHANGED = {
     "data --rato 0.1": "--rato|--ratio?", "data --joint_epoch 2": "--joint-epochs?",
     "data --alqua tiou": "--alqa?", "data --device gpu": "gpu|cuda, mps and others",
     "data --device privateuseone": "privateuseone", ("data", " "): "unrecognized",
-    "data --ratio 2": "from 0 to 1, but is 2", "train --dataset Thumos": "thumos?",
+    "data --ratio 2": "from 0 to 1, not 2", "train --dataset Thumos": "thumos?",
     "train --dataset active-net": "activitynet?", "evaluate --chekpoint x": "--checkpoint?",
     "data --ranges 900:999,900:999,900:999": "learn", "data --radius 1e-9": "learn",
     # Predictions
