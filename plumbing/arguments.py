@@ -99,7 +99,7 @@ def evaluation_of(argv, kind):
     if bool(args.checkpoint) == bool(args.pred) or bool(args.pred) != bool(args.gt):
         parser.error("give either --checkpoint, or --pred and --gt")
     mode = mode_of(args)
-    known = MODES[mode] + (kind.GIVEN if args.checkpoint else ())
+    known = [*MODES[mode], *(kind.GIVEN if args.checkpoint else ())]
     other = [settings.flag(name) for name in sorted(given) if name not in known]
     if other:
         parser.error(f"{', '.join(other)} cannot go with what else is given")
