@@ -369,10 +369,6 @@ class Localizer:
 
 def evaluate_checkpoint(args, changes, kind):
     """(metrics, title) of --checkpoint: detect on its test videos; raises BadInput."""
-    if args.features:
-        changes["features"] = args.features
-    if args.subset:
-        changes["test_subset"] = args.subset
     trained = Localizer(args.checkpoint, kind, **whole_paths(changes))
     s = trained.s
     if s.test_subset == "none":

@@ -105,4 +105,8 @@ def evaluation_of(argv, kind):
         parser.error(f"{', '.join(other)} cannot go with what else is given")
     if not 0 <= given.get("min_score", 0) <= 1:
         parser.error(f"--min-score must be from 0 to 1, not {args.min_score}")
-    return args, {name: value for name, value in given.items() if name not in ARGUMENTS}, mode
+    changes = {name: value for name, value in given.items() if name not in ARGUMENTS}
+    if mode == "test":  # these two are settings of the run
+        renamed = {"features": args.features, "test_subset": args.subset}
+        changes |= {name: value for name, value in renamed.items() if value is not None}
+    return args, changes, mode
