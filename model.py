@@ -27,7 +27,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from plumbing import settings
 from plumbing.processes import draws_of_batch, in_autocast, length_unit
-from plumbing.settings import Blocks, Finite, Flag, OneOf, ShareBelow1, Text, Width
+from plumbing.settings import (
+    Blocks,
+    Finite,
+    Flag,
+    NotNegative,
+    OneOf,
+    ShareBelow1,
+    Text,
+    Width,
+)
 from plumbing.words import BadInput
 
 # The localization quality branches of Tab. 3(b); none = plain ActionFormer.
@@ -54,6 +63,9 @@ class DetectorSettings(settings.CheckedSettings):
     input_dropout: ShareBelow1(
         "share of the input's numbers that training sets to 0, against memorising the few "
         "labelled videos [J]") = 0.0
+    input_jitter: NotNegative(
+        "training scales and shifts each channel of a video at random, by at most so many of its "
+        "standard deviations, as other people and sensors do [J]") = 0.0
     offset_bias: Finite(
         "start of the offsets, in strides: from 0 those of one side may die in the ReLU [J; A: "
         "0]") = 1.0
@@ -292,6 +304,19 @@ class Block(nn.Module):
         return x, mask
 
 
+def noisy(x, jitter, dropout):
+    """Input features (B, T, D) as training shows them.
+
+    jitter   each channel of a video is multiplied by 1 + a and moved by b, two draws from
+             [-jitter, jitter), the same at all of its steps
+    dropout  share of the numbers that become 0"""
+    if jitter:
+        draws = draws_of_batch((len(x), 2, 1, x.shape[2]), x.device)
+        a, b = (2 * jitter * draws - jitter).unbind(1)
+        x = x * (1 + a) + b
+    return F.dropout(x, dropout)
+
+
 def sinusoid(T, C, device):
     """Sinusoidal absolute position (T, C), divided by sqrt(C) as ActionFormer does."""
     wavelength = 10000 ** (torch.arange(0, C, 2, device=device) / C)
@@ -407,7 +432,7 @@ class Detector(nn.Module):
         super().__init__()
         C = s.channels
         _, ranges = s.levels()
-        self.input_dropout = s.input_dropout
+        self.input_noise = s.input_jitter, s.input_dropout
         self.backbone = Backbone(dim_in, s)
         self.cls_trunk = Trunk(C, C)
         self.reg_trunk = Trunk(C, C)
@@ -444,7 +469,8 @@ class Detector(nn.Module):
         T = feats.shape[1]
         rest = self.padded(T) - T
         mask = F.pad(mask, (0, rest))
-        feats = F.dropout(feats, self.input_dropout, self.training)
+        if self.training:
+            feats = noisy(feats, *self.input_noise)
         feats = F.pad(feats, (0, 0, 0, rest)).mul_(mask[..., None])
         return self.backbone(feats, mask)
 

@@ -225,7 +225,7 @@ class Detector(nn.Module):
     def __init__(self, dim_in, num_classes, s):
         super().__init__()
         C = s.hidden
-        self.input_dropout = s.input_dropout
+        self.input_noise = s.input_jitter, s.input_dropout
         self.window = s.window()
 
         def conv(dim, out, width, groups=1):
@@ -254,7 +254,9 @@ class Detector(nn.Module):
 
     def pyramid(self, feats, mask):
         """The base, the one level that ACP contrasts: [(B, T, C)], [(B, T)]."""
-        x = F.dropout(feats, self.input_dropout, self.training) * mask[..., None]
+        if self.training:
+            feats = model.noisy(feats, *self.input_noise)
+        x = feats * mask[..., None]
         for i in (0, 2):
             x = F.relu(self.x_1d_b[i](x.transpose(1, 2)).transpose(1, 2)) * mask[..., None]
         return [x], [mask]

@@ -12,7 +12,7 @@ import torch
 
 from plumbing.files import load_torch
 from plumbing.processes import process_count
-from plumbing.settings import settings_from
+from plumbing.settings import LATER, settings_from
 from plumbing.words import BadInput, several, short, shown
 
 # ---- Form ---------------------------------------------------------------------------------------
@@ -215,6 +215,7 @@ def check_settings(theirs, stage, expected, where):
     """Raise BadInput where the settings that the stages so far depend on are others."""
     s = expected.s
     mine = asdict(s)
+    theirs = LATER | theirs
     if stage not in list(expected.settings):
         raise BadInput(f"{where} is not usable: its stage is {shown(stage)}")
     for name, value in theirs.items():

@@ -81,11 +81,24 @@ def test_a_window_clips_half_the_frames_of_a_feature_outside_and_the_whole_video
     assert torch.equal(whole, segments) and inside.tolist() == [True, True, True, False]
 
 
-def test_input_dropout_acts_in_training_alone():
+@pytest.mark.parametrize("noise", ["input_dropout", "input_jitter"])
+def test_noise_of_the_input_acts_in_training_alone(noise):
     for training in (False, True):
-        detector = small_detector(input_dropout=0.5, drop_path=0.0).train(training)
+        detector = small_detector(**{noise: 0.5}, drop_path=0.0).train(training)
         feats, mask = torch.randn(1, 16, 6), torch.ones(1, 16, dtype=torch.bool)
         assert torch.equal(*(detector(feats, mask).cls_logits for _ in range(2))) != training
+
+
+def test_jitter_scales_and_moves_each_channel_of_a_video_as_a_whole():
+    levels = torch.arange(3.0)[:, None].expand(40, 3, 50)
+    b, of_1, of_2 = model.noisy(levels, jitter=0.3, dropout=0.0).unbind(1)  # (40, 50) each
+    a = of_1 - b - 1
+    assert torch.allclose(of_2, 2 * (1 + a) + b, atol=1e-6)  # the same at all steps
+    for draws in (a, b):
+        assert -0.3 <= draws.min() < -0.29 and 0.29 < draws.max() < 0.3
+        assert draws.mean().abs() < 0.02 and len(draws.unique()) > 1900
+    assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.1
+    assert torch.equal(model.noisy(levels, jitter=0.0, dropout=0.0), levels)
 
 
 def test_exclusive_drops_second_classes_only_where_the_labels_have_none(own):
