@@ -54,9 +54,6 @@ class DataSettings(FileSettings):
     resize: WidthOrNone(
         "resize every video to this number of steps; 0: keep its length [A: 192 ActivityNet]") = 0
     standardize: Flag("standardise the input over all training videos [J]") = True
-    standardize_each: Flag(
-        "and then each video, or crop, over its own steps: for people or sensors that differ in "
-        "level and strength, where a video holds enough to tell them by [J]") = False
     ratio: Share(
         "share of the annotated training videos that are labelled [S: 0.1, 0.2, 0.4, 0.6]; 0: all "
         "of own data or where others have no annotations, 0.1 otherwise and with --split") = 0.0
@@ -386,13 +383,6 @@ def read_steps(video, window, dim):
     return x
 
 
-def standardized(x, least=0.1):
-    """Features (T, D) standardised over their own steps.
-
-    least  a channel's std counts as this or more: what hardly moves is not blown up"""
-    return (x - x.mean(0)) / x.std(0, correction=0).clamp(min=least)
-
-
 def load_item(video, data, s, rng=None):
     """One video as tensors, cropped at random if `rng` is given, a resized one after resizing.
 
@@ -404,8 +394,6 @@ def load_item(video, data, s, rng=None):
         step = int((~x.isfinite()).any(1).nonzero()[0, 0])
         raise BadInput(f"video {short(video.id)}: feature file {video.source} is beyond float32 at "
                        f"step {start + step}, standardised")
-    if s.standardize_each:
-        x = standardized(x)
     item = {"id": video.id, "video": video, "feats": x, "start": start}
     if isinstance(video, LabelledVideo):
         segments, inside = crop_segments(video.segments, video, start, length, s.crop_keep)

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import standardized
-
 # What became of a detection: a positive that stays, one that EAP dropped, a candidate that MPP
 # mined, one that stays out.
 STATUS = ("kept", "dropped", "mined", "candidate")
@@ -45,7 +43,7 @@ def pool_instances(feats, segments, pool):
 def features_of(feats, segments, pool, score):
     """pool_instances(), for relative similarities of features standardised over the video."""
     if score == "relative":
-        feats = standardized(feats, least=1e-6)
+        feats = (feats - feats.mean(0)) / feats.std(0, correction=0).clamp(min=1e-6)
     return pool_instances(feats, segments, pool)
 
 

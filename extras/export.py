@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from alqa import joint_score
-from data import standardized
 from evaluate import Localizer
 from plumbing.files import write_atomically, write_json
 from plumbing.runs import guard
@@ -75,8 +74,7 @@ class Portable(nn.Module):
         """Features (1, T, D) as the detector takes them, those of a resized video resized."""
         if self.s.resize:
             features = F.interpolate(features.mT, self.s.resize, mode="linear").mT
-        x = (features - self.mean) / self.std
-        return standardized(x[0])[None] if self.s.standardize_each else x
+        return (features - self.mean) / self.std
 
     def forward(self, features):
         """Level by level: Detector.forward() counts the points in numbers that tracing fixes.

@@ -105,7 +105,7 @@ def settings_of_stages(kind, stages):
 
 
 # What older files lack, as it was then.
-LATER = {"skip_columns": 0, "fill_gaps": False, "input_jitter": 0.0, "standardize_each": False}
+LATER = {"skip_columns": 0, "fill_gaps": False, "input_jitter": 0.0}
 
 
 def settings_from(found, kind, where):

@@ -2,7 +2,6 @@
 import io
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,21 +32,6 @@ def test_data_open_standardised_by_all_training_videos_and_bad_ones_are_pointed_
     convert(own, ".npz")
     with pytest.raises(BadInput, match="no array named 'x'"):
         opened(own, "--extension", ".npz", "--feature-key", "x")
-
-
-def test_a_video_standardised_over_itself_has_no_scale_or_level_but_no_small_noise_either(own):
-    d, s = opened(own), settings(*own_argv(own, "--standardize-each"))
-    video = d.test[0]
-    feats = np.load(own / f"features/{video.id}.npy")
-    feats[:, 4] = feats[0, 4]
-    feats[::2, 4] += 0.01
-    item = data.load_item(replace(video, source=feats), d, s)
-    assert torch.allclose(item["feats"][:, :4].mean(0), torch.zeros(4), atol=1e-5)
-    assert torch.allclose(item["feats"][:, :4].std(0, correction=0), torch.ones(4), atol=1e-4)
-    assert 0 < item["feats"][:, 4].abs().max() < 0.2
-    moved = np.hstack([3 * feats[:, :4] - 7, feats[:, 4:]])
-    other = data.load_item(replace(video, source=moved), d, s)
-    assert torch.allclose(item["feats"], other["feats"], atol=1e-4)
 
 
 def test_annotations_as_users_have_them(own):
