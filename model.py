@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from plumbing import settings
+from plumbing.inputs import VIEWS, Input
 from plumbing.processes import draws_of_batch, in_autocast, length_unit
 from plumbing.settings import (
     Blocks,
@@ -66,6 +67,9 @@ class DetectorSettings(settings.CheckedSettings):
     input_jitter: NotNegative(
         "training scales and shifts each channel of a video at random, by at most so many of its "
         "standard deviations, as other people and sensors do [J]") = 0.0
+    input_view: OneOf(
+        VIEWS, "features as they are standardised over all videos; over their own alone, where "
+        "people or sensors differ in level and strength; both side by side [J]") = "all"
     offset_bias: Finite(
         "start of the offsets, in strides: from 0 those of one side may die in the ReLU [J; A: "
         "0]") = 1.0
@@ -304,19 +308,6 @@ class Block(nn.Module):
         return x, mask
 
 
-def noisy(x, jitter, dropout):
-    """Input features (B, T, D) as training shows them.
-
-    jitter   each channel of a video is multiplied by 1 + a and moved by b, two draws from
-             [-jitter, jitter), the same at all of its steps
-    dropout  share of the numbers that become 0"""
-    if jitter:
-        draws = draws_of_batch((len(x), 2, 1, x.shape[2]), x.device)
-        a, b = (2 * jitter * draws - jitter).unbind(1)
-        x = x * (1 + a) + b
-    return F.dropout(x, dropout)
-
-
 def sinusoid(T, C, device):
     """Sinusoidal absolute position (T, C), divided by sqrt(C) as ActionFormer does."""
     wavelength = 10000 ** (torch.arange(0, C, 2, device=device) / C)
@@ -432,8 +423,8 @@ class Detector(nn.Module):
         super().__init__()
         C = s.channels
         _, ranges = s.levels()
-        self.input_noise = s.input_jitter, s.input_dropout
-        self.backbone = Backbone(dim_in, s)
+        self.input = Input(dim_in, s)
+        self.backbone = Backbone(self.input.width, s)
         self.cls_trunk = Trunk(C, C)
         self.reg_trunk = Trunk(C, C)
         self.cls_out = Conv(C, num_classes)
@@ -468,9 +459,8 @@ class Detector(nn.Module):
         """The neck's output, padded(T) steps long: [(B, T_l, C)], [(B, T_l)]."""
         T = feats.shape[1]
         rest = self.padded(T) - T
+        feats = self.input(feats, mask)
         mask = F.pad(mask, (0, rest))
-        if self.training:
-            feats = noisy(feats, *self.input_noise)
         feats = F.pad(feats, (0, 0, 0, rest)).mul_(mask[..., None])
         return self.backbone(feats, mask)
 

@@ -105,7 +105,7 @@ def settings_of_stages(kind, stages):
 
 
 # What older files lack, as it was then.
-LATER = {"skip_columns": 0, "fill_gaps": False, "input_jitter": 0.0}
+LATER = {"skip_columns": 0, "fill_gaps": False, "input_jitter": 0.0, "input_view": "all"}
 
 
 def settings_from(found, kind, where):
