@@ -26,8 +26,18 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from plumbing import settings
+from plumbing.inputs import VIEWS, Input
 from plumbing.processes import draws_of_batch, length_unit
-from plumbing.settings import Blocks, Finite, Flag, OneOf, ShareBelow1, Text, Width
+from plumbing.settings import (
+    Blocks,
+    Finite,
+    Flag,
+    NotNegative,
+    OneOf,
+    ShareBelow1,
+    Text,
+    Width,
+)
 from plumbing.words import BadInput
 
 # The localization quality branches of Tab. 3(b); none = plain ActionFormer.
@@ -54,6 +64,12 @@ class DetectorSettings(settings.CheckedSettings):
     input_dropout: ShareBelow1(
         "share of the input's numbers that training sets to 0, against memorising the few "
         "labelled videos [J]") = 0.0
+    input_jitter: NotNegative(
+        "training scales and shifts each channel of a video at random, by at most so many of its "
+        "standard deviations, as other people and sensors do [J]") = 0.0
+    input_view: OneOf(
+        VIEWS, "features as they are standardised over all videos; over their own alone, where "
+        "people or sensors differ in level and strength; both side by side [J]") = "all"
     offset_bias: Finite(
         "start of the offsets, in strides: from 0 those of one side may die in the ReLU [J; A: "
         "0]") = 1.0
@@ -415,8 +431,8 @@ class Detector(nn.Module):
         super().__init__()
         C = s.channels
         _, ranges = s.levels()
-        self.input_dropout = s.input_dropout
-        self.backbone = Backbone(dim_in, s)
+        self.input = Input(dim_in, s)
+        self.backbone = Backbone(self.input.width, s)
         self.cls_trunk = Trunk(C, C)
         self.reg_trunk = Trunk(C, C)
         self.cls_out = Conv(C, num_classes)
@@ -449,8 +465,8 @@ class Detector(nn.Module):
         """The neck's output, padded(T) steps long: [(B, T_l, C)], [(B, T_l)]."""
         T = feats.shape[1]
         rest = self.padded(T) - T
+        feats = self.input(feats, mask)
         mask = F.pad(mask, (0, rest))
-        feats = F.dropout(feats, self.input_dropout, self.training)
         feats = F.pad(feats, (0, 0, 0, rest)).mul_(mask[..., None])
         return self.backbone(feats, mask)
 

@@ -36,6 +36,7 @@ import model
 import train
 from plumbing import forms
 from plumbing.files import write_json
+from plumbing.inputs import Input
 from plumbing.processes import process_count, sum_of_all
 from plumbing.runs import guard
 from plumbing.settings import NotNegative, Parser, Width, parser_of
@@ -241,13 +242,14 @@ class Detector(nn.Module):
     def __init__(self, dim_in, num_classes, s):
         super().__init__()
         C = s.hidden
-        self.input_dropout = s.input_dropout
+        self.input = Input(dim_in, s)
         self.window = s.window()
 
         def conv(dim, out, width, groups=1):
             return nn.Conv1d(dim, out, width, padding=width // 2, groups=groups)
 
         # The first convolution is in groups where the features can be.
+        dim_in = self.input.width
         first = GROUPS if dim_in % GROUPS == 0 else 1
         self.x_1d_b = nn.Sequential(
             conv(dim_in, C, 3, first), nn.ReLU(), conv(C, C, 3, GROUPS), nn.ReLU())
@@ -270,7 +272,7 @@ class Detector(nn.Module):
 
     def pyramid(self, feats, mask):
         """The base, the one level that ACP contrasts: [(B, T, C)], [(B, T)]."""
-        x = F.dropout(feats, self.input_dropout, self.training) * mask[..., None]
+        x = self.input(feats, mask) * mask[..., None]
         for i in (0, 2):
             x = F.relu(self.x_1d_b[i](x.transpose(1, 2)).transpose(1, 2)) * mask[..., None]
         return [x], [mask]

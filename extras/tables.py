@@ -5,6 +5,7 @@
     python -m extras.tables 5a --dataset my.json --features DIR --seeds 2 --splits a.json b.json
     python -m extras.tables S8 --proposals runs/bmn/{seed}.json    proposals of each seed's split
     python -m extras.tables causes              why APL does what it does: pseudo labels by class
+    python -m extras.tables ceiling             what it would with perfectly chosen pseudo labels
     python -m extras.tables S6                  parameters and multiply-accumulates, no training
 
 Each row is trained for every seed; what follows the names is passed to train.py for every row.
@@ -184,6 +185,15 @@ ROWS = {
     "open": [("the defaults", None, ""), *((option, None, option) for option in OPEN)],
 }
 
+# What a perfect choice of pseudo labels would give: name, whether classes are corrected, settings.
+CEILINGS = {
+    "ceiling": [
+        ("the defaults", None, ""),
+        ("right ones alone, by the hidden labels", False, ""),
+        ("classes corrected before, by the hidden labels", True, ""),
+    ],
+}
+
 # The linear probe: name, the paper's accuracy and recall (THUMOS14), what is probed, settings.
 PROBES = {
     "S2": [
@@ -201,9 +211,14 @@ PROBES = {
     ],
 }
 
+TABLES = ROWS | PROBES | CEILINGS  # settings stand last in each row
+
 # Columns from the log of a run: the quality of its pseudo labels. fig3c has all, the others two.
 MATCHES = ("precision", "recall")
 QUALITY = ("positive_accuracy", "class_accuracy", "mean_tIoU", *MATCHES)
+# What pseudo labels that teach are, against the hidden labels, and what `causes` counts.
+FAULTS = ("right", "wrong class", "boundary", "background")
+COUNTS = ("labelled", "hidden", *icd.STATUS[:icd.CANDIDATE], *FAULTS, "missed")
 PROBE_STEPS = 30_000  # that fit, and that test, the probe, drawn at random where there are more
 OF_DATA = (*sources.PLACES, "prefix", "extension", "feature_key", "skip_columns", "fill_gaps",
            "missing", "test_subset")
@@ -248,27 +263,15 @@ def stage_before(stage, s):
     return None
 
 
-def reach(options, stage, runs, kind=train.Settings):
-    """The folder of a run with these options that has ended its `stage` ("all" for stage 3).
+def finish_run(argv, folder, start, minutes, kind):
+    """Train in a folder, or go on in it; leaves, last of all, "finished.json", {"minutes"}.
 
-    Trained now where it has not been before; rows share it. Leaves, last of all, "finished.json",
-    {"minutes"} of this and the earlier stages."""
-    argv = [*options, "--stage", stage]
-    s = settings_of(argv, kind)
-    before = stage_before(stage, s)
-    folder = folder_of(s, stage, runs)
-    if (folder / "finished.json").exists() and (folder / "checkpoint.pt").exists():
-        return folder
-    start = []
-    minutes = 0.0
-    if before:
-        shared = reach(options, before, runs, kind)
-        start = ["--start", str(shared / "checkpoint.pt")]
-        minutes = minutes_of(shared)
+    start    the checkpoint to begin at, None for none
+    minutes  that its earlier stages took"""
     if (folder / "log.jsonl").exists():
         minutes = None
     began = time.time()
-    where = ["--out", str(folder), "--overwrite", *start]
+    where = ["--out", str(folder), "--overwrite", *(["--start", str(start)] if start else [])]
     if (folder / "checkpoint.pt").exists():
         where = ["--resume", str(folder)]
     code = train.main([*argv, *where, "--audit", "--no-page"], kind)
@@ -277,6 +280,30 @@ def reach(options, stage, runs, kind=train.Settings):
     if minutes is not None:
         minutes += (time.time() - began) / 60
     write_json(folder / "finished.json", {"minutes": minutes})
+
+
+def is_finished(folder):
+    """Whether a run has ended, and is still there."""
+    return (folder / "finished.json").exists() and (folder / "checkpoint.pt").exists()
+
+
+def reach(options, stage, runs, kind=train.Settings):
+    """The folder of a run with these options that has ended its `stage` ("all" for stage 3).
+
+    Trained now where it has not been before; rows share it."""
+    argv = [*options, "--stage", stage]
+    s = settings_of(argv, kind)
+    before = stage_before(stage, s)
+    folder = folder_of(s, stage, runs)
+    if is_finished(folder):
+        return folder
+    start = None
+    minutes = 0.0
+    if before:
+        shared = reach(options, before, runs, kind)
+        start = shared / "checkpoint.pt"
+        minutes = minutes_of(shared)
+    finish_run(argv, folder, start, minutes, kind)
     return folder
 
 
@@ -353,18 +380,37 @@ def auc(values, right):
     return float(mannwhitneyu(of_right, of_wrong).statistic) / pairs
 
 
+def faults_of(record, video, right):
+    """What is wrong with the pseudo labels of a record -> (N,) indices into FAULTS.
+
+    An instance of another class from tIoU 0.5 on: its class; else one of its own from 0.1 on: its
+    boundaries, or it is there a second time; else it lies on the background.
+    video  a LabelledVideo
+    right  (N,) bool, which match an instance"""
+    overlap = F.pad(model.tiou(record["segments"][:, None], video.segments), (0, 1))
+    own = record["labels"][:, None] == F.pad(video.labels, (0, 1), value=-1)
+    fault = torch.full_like(record["labels"], FAULTS.index("background"))
+    fault[(overlap * own).amax(1) >= 0.1] = FAULTS.index("boundary")
+    fault[(overlap * ~own).amax(1) >= 0.5] = FAULTS.index("wrong class")
+    fault[right] = FAULTS.index("right")
+    return fault
+
+
 def judge(pseudo, d, states):
     """The pseudo labels {id: record} of these states as one record.
 
-    -> {"labels", "scores", "similarity", "right"}, "right" being a match with a hidden instance"""
+    -> {"labels", "scores", "similarity", "status", "right", "fault"}, "right" being a match with a
+    hidden instance, "fault" as faults_of() has it"""
     states = torch.tensor(states)
     chosen = {}
     for video in d.unlabelled:
         record = pseudo[video.id]
         record = data.take(record, torch.isin(record["status"], states))
-        right = evaluate.matched(record, d.hidden[video.id])
-        chosen[video.id] = record | {"right": right}
-    keys = ("labels", "scores", "similarity", "right")
+        hidden = d.hidden[video.id]
+        right = evaluate.matched(record, hidden)
+        fault = faults_of(record, hidden, right)
+        chosen[video.id] = record | {"right": right, "fault": fault}
+    keys = ("labels", "scores", "similarity", "status", "right", "fault")
     return {key: data.gather(chosen, key) for key in keys}
 
 
@@ -383,6 +429,12 @@ def cause_row(name, records):
         row[f"{part} precision"] = hits / len(right) if len(right) else None
         row[f"{part} recall"] = hits / hidden if hidden else None
     detected = records["detected"]
+    status = detected["status"].long()
+    counts = status.bincount(minlength=len(icd.STATUS)).tolist()
+    row |= dict(zip(icd.STATUS[:icd.CANDIDATE], counts))
+    faults = records["ICD"]["fault"].long().bincount(minlength=len(FAULTS)).tolist()
+    row |= dict(zip(FAULTS, faults))
+    row["missed"] = hidden - row["right"]
     known = data.take(detected, ~detected["similarity"].isnan())
     row["AUC score"] = auc(known["scores"], known["right"])
     row["AUC similarity"] = auc(known["similarity"], known["right"])
@@ -392,8 +444,9 @@ def cause_row(name, records):
 def causes(folder):
     """A run's last pseudo labels against the labels that it never saw, class by class.
 
-    Precision and recall at tIoU 0.5 of what ALQA selects and of what ICD leaves, and how well the
-    joint score and ICD's similarity tell right from wrong (area under the ROC curve) among all
+    Precision and recall at tIoU 0.5 of what ALQA selects and of what ICD leaves; how many are kept,
+    dropped and mined, what is right and wrong with what teaches, what is missed; how well the joint
+    score and ICD's similarity tell right from wrong (area under the ROC curve) among all
     detections that were selected from, repeats left out, whose class has labelled instances.
     -> a row {"class", what: a number, or None where nothing is counted} a class, and one of all"""
     checkpoint, _, d = read_checkpoint(folder)
@@ -410,6 +463,43 @@ def causes(folder):
     }
     rows = [cause_row(name, of_class(records, c)) for c, name in enumerate(d.classes)]
     return [*rows, cause_row("all classes", records)]
+
+
+# ---- The ceiling --------------------------------------------------------------------------------
+
+def chosen_by_truth(record, video, corrected):
+    """A video's pseudo labels, of all that was detected: what matches a hidden instance is kept,
+    all else dropped.
+
+    corrected  each first takes the class of the hidden instance that overlaps it from tIoU 0.5 on
+    ->         the record with another "status", of `corrected` with other "labels"."""
+    labels = record["labels"]
+    if corrected and len(video.labels):
+        overlap, nearest = model.tiou(record["segments"][:, None], video.segments).max(1)
+        labels = torch.where(overlap >= 0.5, video.labels[nearest], labels)
+    record = record | {"labels": labels}
+    right = evaluate.matched(record, video)
+    return record | {"status": torch.where(right, icd.KEPT, icd.DROPPED)}
+
+
+def reach_ceiling(options, corrected, runs):
+    """The folder of a run of stage 3 whose pseudo labels the hidden labels chose, of those that
+    APL's run with the same options detected."""
+    apl = reach(options, "all", runs)
+    folder = apl.with_name(f"{apl.name}-{'corrected' if corrected else 'right'}")
+    if is_finished(folder):
+        return folder
+    before = reach(options, "supervised", runs)
+    found, _, d = read_checkpoint(apl)
+    pseudo = dict(found["pseudo"])
+    for name, video in d.hidden.items():
+        pseudo[name] = chosen_by_truth(pseudo[name], video, corrected)
+    stage_2 = checkpoints.load(before / "checkpoint.pt", train.Settings)
+    start = apl / "start.pt"
+    torch.save(stage_2 | {"pseudo": pseudo}, start)
+    finish_run([*options, "--refresh", "0"], folder, start, minutes_of(before), train.Settings)
+    start.unlink()
+    return folder
 
 
 # ---- The linear probe ---------------------------------------------------------------------------
@@ -610,6 +700,31 @@ def split_stage(options):
     return argv[:at] + argv[at + 2:], argv[at + 1]
 
 
+def row_of_metrics(name, paper, folders, quality, first):
+    """A row {column: cell} of finished runs, one a seed, and their averages.
+
+    first  the averages of the table's first row, None: this is it"""
+    metrics = [read_json(folder / "metrics.json", "metrics") for folder in folders]
+    averages = [m["average_mAP"] for m in metrics]
+    row = {"row": name, "paper, THUMOS14 10 %": "-" if paper is None else f"{paper}"}
+    row |= detection_cells(folders, metrics, quality)
+    row["minus the first row"] = spread([a - b for a, b in zip(averages, first or averages)])
+    return row, averages
+
+
+def ceiling_rows(table, commands, runs):
+    """Train and evaluate the rows of one of CEILINGS: yields {column: cell}."""
+    first = None
+    for name, corrected, _ in CEILINGS[table]:
+        if corrected is None:
+            folders = reach_all(commands, [], "all", runs)
+        else:
+            folders = [reach_ceiling(options, corrected, runs) for options in commands]
+        row, averages = row_of_metrics(name, None, folders, MATCHES, first)
+        first = first or averages
+        yield row
+
+
 def detection_rows(table, commands, runs):
     """Train and evaluate the rows of one of ROWS: yields {column: cell}."""
     quality = QUALITY if table == "fig3c" else MATCHES
@@ -617,17 +732,13 @@ def detection_rows(table, commands, runs):
     for name, paper, options in ROWS[table]:
         more, stage = split_stage(options)
         folders = reach_all(commands, more, stage, runs, kind_of(table))
-        metrics = [read_json(folder / "metrics.json", "metrics") for folder in folders]
-        averages = [m["average_mAP"] for m in metrics]
+        row, averages = row_of_metrics(name, paper, folders, quality, first)
         first = first or averages
-        row = {"row": name, "paper, THUMOS14 10 %": "-" if paper is None else f"{paper}"}
-        row |= detection_cells(folders, metrics, quality)
         if table == "3b":
             folders = reach_all(commands, more, "supervised", runs)
             found = [saved(f / "calibration.json", calibration, f) for f in folders]
             mean = statistics.mean(result["rank_correlation"] for result in found)
             row["after stage 2: score against true tIoU"] = f"{mean:.2f}"
-        row["minus the first row"] = spread([a - b for a, b in zip(averages, first)])
         yield row
 
 
@@ -649,7 +760,7 @@ def cause_cell(key, values):
     known = [value for value in values if value is not None]
     if not known:
         return "-"
-    digits = 1 if key in ("labelled", "hidden") else 2
+    digits = 1 if key in COUNTS else 2
     return f"{statistics.mean(known):.{digits}f}"
 
 
@@ -668,6 +779,8 @@ def table_rows(table, commands, runs):
     """Train and measure every row of a table: yields {column: cell}."""
     if table in PROBES:
         return probe_rows(table, commands, runs)
+    if table in CEILINGS:
+        return ceiling_rows(table, commands, runs)
     if table == "causes":
         return cause_rows(commands, runs)
     return detection_rows(table, commands, runs)
@@ -700,8 +813,9 @@ def parse(argv):
     """The arguments of the command line, and what is passed on to train.py; raises BadInput."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument(
-        "tables", nargs="+", choices=[*ROWS, *PROBES, "S6", "causes"],
-        help="of the paper; open: what it leaves open; causes: pseudo labels by class")
+        "tables", nargs="+", choices=[*TABLES, "S6", "causes"],
+        help="of the paper; open: what it leaves open; causes: pseudo labels by class; ceiling: "
+             "with pseudo labels that the hidden labels chose")
     parser.add_argument(
         "--seeds", default="3", help="how many seeds (from 0), or a list with commas")
     parser.add_argument(
@@ -715,7 +829,7 @@ def parse(argv):
         if option.split("=")[0] in OURS:
             raise BadInput(f"{option} is set by each row")
     for table in args.tables:  # before hours of training
-        for *_, more in ROWS.get(table, PROBES.get(table, ())):
+        for *_, more in TABLES.get(table, ()):
             settings_of([*options, *more.split()], kind_of(table))
     return args, options
 
@@ -729,7 +843,7 @@ def command_of(options, seed, splits):
 
 def with_progress(table, rows):
     """The rows of a table as they come, each with a line about how far it is."""
-    count = len(ROWS.get(table, PROBES.get(table, ())))
+    count = len(TABLES.get(table, ()))
     began = time.time()
     for done, row in enumerate(rows, 1):
         if count:

@@ -9,7 +9,7 @@ import torch
 from plumbing import checkpoints, files, journal, runs
 from plumbing.checkpoints import anything, count, fits, number
 from plumbing.processes import process_count
-from plumbing.settings import settings_of_stages
+from plumbing.settings import LATER, settings_of_stages
 from plumbing.words import BadInput, is_first, several, short, shown
 
 FORMER = {"icd_steps": 0}  # settings that older files have: the value that changed nothing
@@ -79,6 +79,7 @@ def save_detector(run):
 def check_settings(theirs, s, stages, where):
     """Raise BadInput where the settings that the stages so far depend on are others."""
     mine = asdict(s)
+    theirs = LATER | theirs
     for name, value in theirs.items():
         if name not in mine and (name, value) not in FORMER.items():
             raise BadInput(f"{where} is not of this version: it has a setting {short(name)}")

@@ -112,7 +112,8 @@ def settings_of_stages(kind, stages):
     return [f.name for f in fields(kind) if home_of(f.name, kind).since in stages]
 
 
-LATER = {"skip_columns": 0, "fill_gaps": False}  # that older files lack, as they were then
+# What older files lack, as it was then.
+LATER = {"skip_columns": 0, "fill_gaps": False, "input_jitter": 0.0, "input_view": "all"}
 
 
 def settings_from(found, kind, where):

@@ -132,8 +132,9 @@ def portable(**changes):
 
 
 @torch.no_grad()
-def test_features_are_standardised_and_resized_as_in_training():
-    network, localize = portable(resize=40, stride=4.0, frames=16.0)
+@pytest.mark.parametrize("view", ["all", "both"])
+def test_features_are_standardised_and_resized_as_in_training(view):
+    network, localize = portable(resize=40, stride=4.0, frames=16.0, input_view=view)
     function = export.pt2_of(network, {})[1]
     for steps in (33, 40, 151):
         feats = features_of(steps)

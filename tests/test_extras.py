@@ -2,6 +2,7 @@
 import math
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,9 +53,9 @@ def test_tables_share_stages_resume_and_print_markdown(tabled, capsys, monkeypat
     assert cells(capsys.readouterr().out) == rows
 
 
-@pytest.mark.parametrize("name", [*tables.ROWS, *tables.PROBES])
+@pytest.mark.parametrize("name", tables.TABLES)
 def test_every_row_of_the_tables_is_a_command_of_train(own, name):
-    for row in (tables.ROWS | tables.PROBES)[name]:
+    for row in tables.TABLES[name]:
         kind = tables.kind_of(name)
         given = ["--proposals=p.json"] if kind is pgcn.Settings else []
         assert settings_of([*own_argv(own), *given, *row[-1].split()], kind)
@@ -157,6 +158,8 @@ def test_causes_count_pseudo_labels_by_class_and_state(tabled, tmp_path, capsys)
     assert found[d.classes[c]] == {
         "class": d.classes[c], "labelled": labelled, "hidden": n,
         "ALQA precision": 1 / 2, "ALQA recall": 1 / n, "ICD precision": 1.0, "ICD recall": 2 / n,
+        "kept": 1, "dropped": 1, "mined": 1,
+        "right": 2, "wrong class": 0, "boundary": 0, "background": 0, "missed": n - 2,
         "AUC score": 0.5, "AUC similarity": 1.0}
     total, missed = found["all classes"], found[d.classes[other]]
     assert (total["hidden"], total["ICD recall"]) == (21, 2 / 21)
@@ -167,6 +170,55 @@ def test_causes_count_pseudo_labels_by_class_and_state(tabled, tmp_path, capsys)
     torch.save(checkpoint | {"pseudo": None}, folder / "checkpoint.pt")
     with pytest.raises(BadInput, match="no pseudo labels"):
         tables.causes(folder)
+
+
+@pytest.mark.parametrize(("segment", "label", "fault"), [
+    ([0, 10], 0, "right"), ([0, 9], 1, "wrong class"), ([6, 14], 0, "boundary"),
+    ([0, 9.5], 0, "boundary"), ([6, 14], 1, "background"), ([9.5, 60], 0, "background"),
+    ([20, 30], 1, "right"), ([14, 30], 0, "wrong class")])
+def test_what_is_wrong_with_a_pseudo_label(segment, label, fault):
+    video = SimpleNamespace(segments=torch.tensor([[0.0, 10.0], [20.0, 30.0]]),
+                            labels=torch.tensor([0, 1]))
+    record = {"segments": torch.tensor([segment], dtype=torch.float32),
+              "labels": torch.tensor([label])}
+    right = torch.tensor([fault == "right"])
+    assert tables.FAULTS[int(tables.faults_of(record, video, right))] == fault
+    video = SimpleNamespace(segments=video.segments[:0], labels=video.labels[:0])
+    fault = tables.faults_of(record, video, torch.tensor([False]))
+    assert tables.FAULTS[int(fault)] == "background"
+
+
+def test_the_truth_chooses_and_corrects_pseudo_labels():
+    video = SimpleNamespace(segments=torch.tensor([[0.0, 10.0], [20.0, 30.0]]),
+                            labels=torch.tensor([0, 1]))
+    record = {"segments": torch.tensor([[0.0, 9.0], [0.0, 8.0], [20.0, 29.0], [40.0, 50.0]]),
+              "labels": torch.tensor([0, 0, 2, 1]), "scores": torch.tensor([0.9, 0.8, 0.3, 0.7]),
+              "status": torch.tensor([icd.DROPPED, icd.KEPT, icd.CANDIDATE, icd.MINED])}
+    kept, dropped = icd.KEPT, icd.DROPPED
+    chosen = tables.chosen_by_truth(record, video, corrected=False)
+    assert chosen["status"].tolist() == [kept, dropped, dropped, dropped]
+    assert chosen["labels"].tolist() == [0, 0, 2, 1]
+    corrected = tables.chosen_by_truth(record, video, corrected=True)
+    assert corrected["status"].tolist() == [kept, dropped, kept, dropped]
+    assert corrected["labels"].tolist() == [0, 0, 1, 1]
+    empty = SimpleNamespace(segments=video.segments[:0], labels=video.labels[:0])
+    assert tables.chosen_by_truth(record, empty, True)["status"].tolist() == [dropped] * 4
+
+
+def test_the_ceiling_trains_on_what_the_hidden_labels_chose(tabled, capsys):
+    argv = table_argv(tabled, "--seeds", "0,", "--acp", "none")
+    assert tables.main(["ceiling", *argv]) == 0
+    rows = cells(capsys.readouterr().out)
+    assert [row[0] for row in rows[2:]] == [name for name, *_ in tables.CEILINGS["ceiling"]]
+    assert not list(tabled.rglob("start.pt"))
+    for folder in [*tabled.rglob("all-*-right"), *tabled.rglob("all-*-corrected")]:
+        checkpoint, _, d = tables.read_checkpoint(folder)
+        for name, video in d.hidden.items():
+            record = checkpoint["pseudo"][name]
+            teaching = train.teaches(record)
+            assert torch.equal(teaching, evaluate.matched(record, video))
+    assert tables.main(["ceiling", *argv]) == 0  # nothing is trained again
+    assert cells(capsys.readouterr().out) == rows
 
 
 # ---- bench.py -----------------------------------------------------------------------------------

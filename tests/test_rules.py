@@ -14,6 +14,7 @@ import evaluate
 import icd
 import model
 import train
+from plumbing import inputs
 from tests.helpers import detections, own_argv, refused, settings, small_detector
 from tests.users import actions
 
@@ -81,11 +82,48 @@ def test_a_window_clips_half_the_frames_of_a_feature_outside_and_the_whole_video
     assert torch.equal(whole, segments) and inside.tolist() == [True, True, True, False]
 
 
-def test_input_dropout_acts_in_training_alone():
+@pytest.mark.parametrize("noise", ["input_dropout", "input_jitter"])
+def test_noise_of_the_input_acts_in_training_alone(noise):
     for training in (False, True):
-        detector = small_detector(input_dropout=0.5, drop_path=0.0).train(training)
+        detector = small_detector(**{noise: 0.5}, drop_path=0.0).train(training)
         feats, mask = torch.randn(1, 16, 6), torch.ones(1, 16, dtype=torch.bool)
         assert torch.equal(*(detector(feats, mask).cls_logits for _ in range(2))) != training
+
+
+def test_jitter_scales_and_moves_each_channel_of_a_video_as_a_whole():
+    levels = torch.arange(3.0)[:, None].expand(40, 3, 50)
+    b, of_1, of_2 = inputs.jittered(levels, 0.3).unbind(1)  # (40, 50) each
+    a = of_1 - b - 1
+    assert torch.allclose(of_2, 2 * (1 + a) + b, atol=1e-6)  # the same at all steps
+    for draws in (a, b):
+        assert -0.3 <= draws.min() < -0.29 and 0.29 < draws.max() < 0.3
+        assert draws.mean().abs() < 0.02 and len(draws.unique()) > 1900
+    assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.1
+
+
+def test_a_video_seen_over_itself_has_no_level_or_strength_and_small_noise_stays_small():
+    x = torch.randn(2, 30, 4)
+    x[..., 3] *= 0.001
+    mask = torch.arange(30) < torch.tensor([[30], [20]])
+    own = inputs.over_itself(x * mask[..., None], mask)
+    part = own[1, :20]
+    assert allclose(part.mean(0), torch.zeros(4), atol=1e-5)
+    assert allclose(part[:, :3].std(0, correction=0), torch.ones(3), atol=1e-4)
+    assert part[:, 3].abs().max() < 0.1
+    moved = torch.cat([3 * x[..., :3] - 7, x[..., 3:]], 2)
+    moved[1, 20:] = 1e6  # padding
+    assert allclose(inputs.over_itself(moved, mask)[mask], own[mask], atol=1e-4)
+
+
+@pytest.mark.parametrize("view", inputs.VIEWS)
+def test_what_is_seen_of_the_features(view):
+    detector = small_detector(input_view=view)
+    x, mask = torch.randn(1, 30, 6), torch.ones(1, 30, dtype=torch.bool)
+    width, seen = detector.input.width, detector.input(x, mask)
+    assert seen.shape == (1, 30, width) and width == (12 if view == "both" else 6)
+    assert torch.equal(seen[..., :6], x) != (view == "own")
+    scores = [detector(y, mask).cls_logits for y in (x, 2 * x + 1)]
+    assert allclose(*scores, atol=1e-4) == (view == "own")
 
 
 def test_exclusive_drops_second_classes_only_where_the_labels_have_none(own):

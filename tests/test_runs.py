@@ -228,7 +228,7 @@ def test_a_checkpoint_of_an_older_version_goes_on_and_is_evaluated(trained):
     content = torch.load(path, weights_only=True)
     for name in ("rows", "trust"):
         del content[name]
-    for name in ("skip_columns", "fill_gaps"):
+    for name in ("skip_columns", "fill_gaps", "input_jitter", "input_view"):
         del content["settings"][name]
     torch.save(content | {"settings": content["settings"] | {"icd_steps": 0}}, path)
     (trained / "run/metrics.json").unlink()

@@ -1,0 +1,53 @@
+"""The input of a detector: standardised over each video too, and with noise in training."""
+import torch
+from torch import nn
+
+from plumbing.processes import draws_of_batch
+
+# What features are standardised over: all videos, their own alone, or both side by side.
+VIEWS = ("all", "own", "both")
+
+
+def jittered(x, most):
+    """Features (B, T, D) as another person or sensor might give them.
+
+    Each channel of a video is multiplied by 1 + a and moved by b, two draws from [-most, most),
+    the same at all of its steps."""
+    draws = draws_of_batch((len(x), 2, 1, x.shape[2]), x.device)
+    a, b = (2 * most * draws - most).unbind(1)
+    return x * (1 + a) + b
+
+
+def over_itself(x, mask, least=0.1):
+    """Features (B, T, D) standardised over the valid steps, mask (B, T), of their own video.
+
+    least  a channel's std counts as this or more: what hardly moves is not blown up"""
+    share = (mask / mask.sum(1, keepdim=True))[..., None]  # of a step in the mean
+    mean = (x * share).sum(1, keepdim=True)
+    variance = ((x - mean) ** 2 * share).sum(1, keepdim=True)
+    return (x - mean) / variance.sqrt().clamp(min=least)
+
+
+class Input(nn.Module):
+    """What a detector sees of its features, in training with noise.
+
+    dim  D
+    s    has input_view, one of VIEWS, input_jitter and input_dropout; model.py says what they are
+
+    x     (B, T, D), mask (B, T)
+    ->    (B, T, width)"""
+
+    def __init__(self, dim, s):
+        super().__init__()
+        self.s = s
+        self.width = 2 * dim if s.input_view == "both" else dim
+        self.dropout = nn.Dropout(s.input_dropout)
+
+    def forward(self, x, mask):
+        if self.training and self.s.input_jitter:
+            x = jittered(x, self.s.input_jitter)
+        if self.s.input_view == "own":
+            x = over_itself(x, mask)
+        if self.s.input_view == "both":
+            x = torch.cat([x, over_itself(x, mask)], 2)
+        return self.dropout(x)
