@@ -496,8 +496,8 @@ class Settings(train.Settings, ProposalSettings):
     GIVEN = ("proposals",)
     UNUSED = (  # of ActionFormer's network and of the losses of points
         "channels", "heads", "windows", "ranges", "stem", "drop_path", "position", "offset_bias",
-        "input_dropout", "soft_label", "beta", "label_smoothing", "focal_alpha", "focal_gamma",
-        "radius")
+        "input_dropout", "input_jitter", "input_view", "soft_label", "beta", "label_smoothing",
+        "focal_alpha", "focal_gamma", "radius")
 
     def __post_init__(self):
         super().__post_init__()

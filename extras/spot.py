@@ -512,8 +512,8 @@ class Settings(train.Settings):
     FIRST = tuple(name for name in train.Settings.FIRST if name != "channels")
     UNUSED = (  # of ActionFormer's network and of the losses of points
         "channels", "heads", "windows", "ranges", "stem", "drop_path", "offset_bias",
-        "tnd_bias", "eps", "quality_form", "soft_label", "beta", "label_smoothing", "focal_alpha",
-        "focal_gamma", "radius")
+        "input_jitter", "input_view", "tnd_bias", "eps", "quality_form", "soft_label", "beta",
+        "label_smoothing", "focal_alpha", "focal_gamma", "radius")
 
     def __post_init__(self):
         super().__post_init__()
