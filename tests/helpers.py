@@ -20,7 +20,8 @@ TINY = (  # a run of seconds: a small network, few steps
     "--channels", 16, "--heads", 2, "--windows", 5, "--ranges", "0:8,8:16,16:inf",
     "--pretrain-epochs", 2, "--supervised-epochs", 2, "--supervised-steps", 4,
     "--joint-epochs", 2, "--max-steps", 96, "--acp-steps", 10, "--log-every", 5, "--device", "cpu",
-    "--precision", "float32", "--no-page", "--acp", "coarse+fine", "--input-dropout", 0)
+    "--precision", "float32", "--no-page", "--acp", "coarse+fine", "--input-dropout", 0,
+    "--input-jitter", 0)
 
 
 def generator(seed=0):
