@@ -182,13 +182,13 @@ class Trunk(nn.Module):
         return x
 
 
-def shifted(x, stride=1):
-    """The steps t-1, t and t+1 of x for every stride-th t; outside the sequence lies 0.
+def shifted(x, stride, outside=0.0):
+    """The steps t-1, t and t+1 of x for every stride-th t.
 
-    x     (B, T, C)
+    x     (B, T, C), before and after which lies `outside`
     ->    (3, B, T / stride, C)"""
     T = x.shape[1]
-    padded = F.pad(x, (0, 0, 1, 1))
+    padded = F.pad(x, (0, 0, 1, 1), value=outside)
     return torch.stack([padded[:, i:i + T:stride] for i in range(3)])
 
 
@@ -301,7 +301,8 @@ class Block(nn.Module):
 
     def forward(self, x, mask):
         mask = mask[:, ::self.stride]
-        skip = F.max_pool1d(x.mT, 3, 2, 1).mT if self.stride > 1 else x
+        # The largest of three steps; torch's own pooling cannot be exported at a free length.
+        skip = shifted(x, 2, -math.inf).amax(0) if self.stride > 1 else x
         x = self.drop1(skip, self.attn(self.norm1(x), mask))
         x = self.drop2(x, self.mlp(self.norm2(x)))
         return x * mask[..., None], mask

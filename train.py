@@ -239,6 +239,8 @@ def batch_losses(run, batch, instances, kind):
     if s.mixup and kind == "labelled":
         batch, lam = data.mixed(batch, s.mixup)
     outputs = evaluate.forward(run.detector, batch, s)
+    total = sum(x.detach().sum() for x in outputs.predictions())
+    journal.check_finite(run, "output", total, batch["id"])
     instances = [{key: value.to(s.device) for key, value in r.items()} for r in instances]
     losses = s.losses(outputs, instances, K)
     if lam < 1:  # MixUp, Table 1

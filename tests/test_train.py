@@ -65,6 +65,7 @@ def losses_of(run, *records):
 
 
 def test_a_step_moves_the_running_mean_of_its_branch_and_the_averaged_weights(run):
+    train.begin_stage(run, "joint")
     with pytest.raises(BadInput, match="nan at step 1 of stage joint .videos v1, v2.*--lr"):
         train.advance(run, torch.tensor(math.nan, requires_grad=True), {}, ["v1", "v2"])
     losses, _, _ = losses_of(run)
