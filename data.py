@@ -111,7 +111,7 @@ OWN = {  # a user's own data; bfloat16 saves nothing in narrow layers
     "threshold": "mean-std", "scope": "class", "exclusive": True,
 }
 PRESETS = {
-    "toy": OWN | {"channels": 64, "joint_epochs": 20, "acp": "coarse+fine"},  # all three stages
+    "toy": OWN | {"channels": 64, "acp": "coarse+fine"},  # all three stages
     "thumos": THUMOS,
     "activitynet": ACTIVITYNET,
     "epic-verb": EPIC,
