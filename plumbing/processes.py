@@ -144,12 +144,6 @@ def length_unit(T, device):
     return 2 ** max(T.bit_length() - 4, 0) if bfloat16 else 1
 
 
-def in_autocast(x):
-    """A tensor in the precision that torch.autocast asks for."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
 def prefetch(load, plans):
     """load(plan) of every plan in turn; a thread loads the next two while the caller works."""
     with ThreadPoolExecutor(1) as thread:
