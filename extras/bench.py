@@ -221,12 +221,17 @@ def whole_videos(videos, run):
 
 # ---- Steps and the forward pass -----------------------------------------------------------------
 
-def stage_2(run):
-    """A step of stage 2 on two videos as a function: losses, ICD, backward, AdamW, averages."""
-    run.plan["supervised"] = (1, 10 ** 6, 1)  # an epoch that never ends
+def first_batch(run):
+    """Begin stage 2, whose only epoch never ends -> its first batch, of two videos."""
+    run.plan["supervised"] = (1, 10 ** 6, 1)
     train.begin_stage(run, "supervised")
     rng = train.begin_epoch(run)
-    batch = next(data.training_batches(run.data.labelled, run.data, run.s, 1, rng))
+    return next(data.training_batches(run.data.labelled, run.data, run.s, 1, rng))
+
+
+def stage_2(run):
+    """A step of stage 2 as a function: losses, ICD, backward, AdamW, averaged weights."""
+    batch = first_batch(run)
 
     def one_step():
         sup = train.batch_losses(run, batch, data.ground_truth(batch), "labelled")
@@ -238,9 +243,7 @@ def stage_2(run):
 
 def stage_3(run):
     """A step of stage 3 as a function; the pseudo labels are the labelled videos' own."""
-    stage_2(run)
-    rng = np.random.default_rng(0)
-    batch = next(data.training_batches(run.data.labelled, run.data, run.s, 1, rng))
+    batch = first_batch(run)
 
     def one_step():
         truth = data.ground_truth(batch)

@@ -653,6 +653,15 @@ def show_proposals(argv):
     return stop.code
 
 
+def train_or_evaluate(argv, kind):
+    """The command line of a detector as train.py's, or with --checkpoint as evaluate.py's.
+
+    kind  the class of its settings
+    ->    the exit code, 2 for bad input"""
+    program = evaluate if "--checkpoint" in argv else train
+    return program.main(argv, kind)
+
+
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
     argv = sys.argv[1:] if argv is None else argv
@@ -660,9 +669,7 @@ def main(argv=None):
         return export_proposals(argv)
     if "--proposals" in argv:
         return show_proposals(argv)
-    if "--checkpoint" in argv:
-        return evaluate.main(argv, Settings)
-    return train.main(argv, Settings)
+    return train_or_evaluate(argv, Settings)
 
 
 if __name__ == "__main__":

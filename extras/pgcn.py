@@ -38,7 +38,6 @@ from torch.nn.utils.rnn import pad_sequence
 import acp
 import alqa
 import data
-import evaluate
 import icd
 import model
 import train
@@ -574,10 +573,7 @@ class Settings(train.Settings, ProposalSettings):
 
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
-    argv = sys.argv[1:] if argv is None else argv
-    if "--checkpoint" in argv:
-        return evaluate.main(argv, Settings)
-    return train.main(argv, Settings)
+    return bmn.train_or_evaluate(sys.argv[1:] if argv is None else argv, Settings)
 
 
 if __name__ == "__main__":

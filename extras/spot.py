@@ -35,7 +35,7 @@ import data
 import evaluate
 import train
 from acp import ACP, rows_at, step_classes
-from extras.bmn import windows_of
+from extras.bmn import train_or_evaluate, windows_of
 from model import sinusoid, steps_inside
 from plumbing.processes import draws_of_batch, process_count, sum_of_all
 from plumbing.settings import Blocks, OneOf, Share, Width
@@ -556,10 +556,7 @@ class Settings(train.Settings):
 
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
-    argv = sys.argv[1:] if argv is None else argv
-    if "--checkpoint" in argv:
-        return evaluate.main(argv, Settings)
-    return train.main(argv, Settings)
+    return train_or_evaluate(sys.argv[1:] if argv is None else argv, Settings)
 
 
 if __name__ == "__main__":
