@@ -493,8 +493,9 @@ class Detector(nn.Module):
         # Without the padding that pyramid() adds.
         kept = (time < T).nonzero()[:, 0].to(feats.device)
         predicted = [x.index_select(1, kept) for x in predicted]
-        levels, masks = ([x[:, :math.ceil(T / 2 ** level)] for level, x in enumerate(part)]
-                         for part in (levels, masks))
+        sizes = level[time < T].bincount().tolist()
+        levels = [x[:, :size] for x, size in zip(levels, sizes)]
+        masks = [x[:, :size] for x, size in zip(masks, sizes)]
         return Outputs(*predicted, torch.cat(masks, 1), self.points(T), levels, masks)
 
 

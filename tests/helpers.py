@@ -38,6 +38,18 @@ def small_detector(classes=3, dim=6, **changes):
     return model.Detector(dim, classes, model.DetectorSettings(**shape | changes)).eval()
 
 
+@torch.no_grad()
+def assert_padding_changes_nothing(detector, s):
+    """That a video of 9 steps and 4 channels has the same detections alone and padded to 11."""
+    x = torch.randn(1, 11, 4)
+    alone = evaluate.suppress(detector(x[:, :9], torch.ones(1, 9).bool()), s)[0]
+    beside = evaluate.suppress(detector(x, (torch.arange(11) < 9)[None]), s)[0]
+    assert len(alone["scores"])
+    for key, value in alone.items():
+        assert torch.allclose(value.double(), beside[key].double(), atol=1e-5)
+    assert alone["segments"].max() <= 8.5
+
+
 def record(segments, labels, status):
     """Pseudo labels as icd.refine() gives them, all with a score of 1."""
     n = len(segments)
