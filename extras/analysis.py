@@ -613,16 +613,24 @@ def judge_pseudo_labels(folder, config, path):
     return pseudo_reliability(hidden, pseudo)
 
 
-def analyse_run(args):
-    """analysis_of() the test videos of the run in a folder; raises BadInput."""
-    folder = Path(args.run)
-    config = read_object(folder / "config.json")
+def read_results(folder):
+    """The annotated test videos of a run and what it found in them; raises BadInput.
+
+    -> {video: Annotation}, {video: [{"label", "score", "segment"}]}"""
     videos = read_videos(folder / "videos.json")
     truth = {name: a for name, a in videos.items() if a.subset == "test" and a.annotated}
     if not truth:
         raise BadInput(f"{folder / 'videos.json'} has no test video with annotations")
     found = forms.read_predictions(folder / "predictions.json")
-    predictions = {name: found[name] for name in truth if name in found}
+    return truth, {name: found[name] for name in truth if name in found}
+
+
+def analyse_run(args):
+    """analysis_of() the test videos of the run in a folder; raises BadInput."""
+    folder = Path(args.run)
+    config = read_object(folder / "config.json")
+    truth, predictions = read_results(folder)
+    videos = read_videos(folder / "videos.json")
     labelled = {name: a for name, a in videos.items() if a.subset == "labelled"}
     tious = thresholds_of(args.tiou) if args.tiou else read_thresholds(folder / "metrics.json")
     edges = EDGES.get(args.bins or str(config.get("dataset")))

@@ -12,7 +12,7 @@ Each row is trained for every seed; what follows the names is passed to train.py
 Finished rows are kept, and stages that rows share (the same settings, split and seed) are trained
 once: they lie in --runs, each in a folder named by its last stage and its settings, and a killed
 command goes on where it was. mAP is that of the last epoch on the test videos; ± is the standard
-deviation over the seeds.
+deviation over the seeds, (a to b) the 95 % interval of a mean over seeds and test videos.
 """
 import hashlib
 import json
@@ -33,6 +33,7 @@ import icd
 import model
 import train
 from extras import bmn, pgcn, spot
+from extras.intervals import interval, resampled
 from plumbing import checkpoints, sources
 from plumbing.arguments import settings_of
 from plumbing.files import read_json, read_rows, write_json
@@ -691,6 +692,20 @@ def detection_cells(folders, metrics, quality):
     return cells
 
 
+def average_of(folder):
+    """The average mAP of a finished run."""
+    return read_json(folder / "metrics.json", "metrics")["average_mAP"]
+
+
+def difference_cell(folders, first):
+    """By how much runs are better than others of the same seeds: "mean ± deviation (a to b)"."""
+    if folders == first:
+        return "-"
+    differences = [average_of(one) - average_of(other) for one, other in zip(folders, first)]
+    low, high = interval(resampled(folders), resampled(first))
+    return f"{spread(differences)} ({100 * low:.1f} to {100 * high:.1f})"
+
+
 def split_stage(options):
     """A row's options as arguments without --stage, and the last stage that they name."""
     argv = options.split()
@@ -701,15 +716,14 @@ def split_stage(options):
 
 
 def row_of_metrics(name, paper, folders, quality, first):
-    """A row {column: cell} of finished runs, one a seed, and their averages.
+    """A row {column: cell} of finished runs, one a seed.
 
-    first  the averages of the table's first row, None: this is it"""
+    first  the folders of the table's first row"""
     metrics = [read_json(folder / "metrics.json", "metrics") for folder in folders]
-    averages = [m["average_mAP"] for m in metrics]
     row = {"row": name, "paper, THUMOS14 10 %": "-" if paper is None else f"{paper}"}
     row |= detection_cells(folders, metrics, quality)
-    row["minus the first row"] = spread([a - b for a, b in zip(averages, first or averages)])
-    return row, averages
+    row["minus the first row"] = difference_cell(folders, first)
+    return row
 
 
 def ceiling_rows(table, commands, runs):
@@ -720,9 +734,8 @@ def ceiling_rows(table, commands, runs):
             folders = reach_all(commands, [], "all", runs)
         else:
             folders = [reach_ceiling(options, corrected, runs) for options in commands]
-        row, averages = row_of_metrics(name, None, folders, MATCHES, first)
-        first = first or averages
-        yield row
+        first = first or folders
+        yield row_of_metrics(name, None, folders, MATCHES, first)
 
 
 def detection_rows(table, commands, runs):
@@ -732,8 +745,8 @@ def detection_rows(table, commands, runs):
     for name, paper, options in ROWS[table]:
         more, stage = split_stage(options)
         folders = reach_all(commands, more, stage, runs, kind_of(table))
-        row, averages = row_of_metrics(name, paper, folders, quality, first)
-        first = first or averages
+        first = first or folders
+        row = row_of_metrics(name, paper, folders, quality, first)
         if table == "3b":
             folders = reach_all(commands, more, "supervised", runs)
             found = [saved(f / "calibration.json", calibration, f) for f in folders]

@@ -6,6 +6,7 @@ import pytest
 
 from evaluate import match, mean_average_precision, toolkits_tiou
 from extras import analysis
+from extras.intervals import MIDDLE, average_mAPs, interval
 from plumbing import forms
 from plumbing.forms import Annotation
 from tests.helpers import SHARED, needs_shared, read_result
@@ -434,6 +435,43 @@ def test_nothing_gives_numbers_or_none(truth, predictions):
     assert (result["operating_point"]["recall"] is None) == (instances == 0)
     assert {row["video"] for row in result["videos"]} == truth.keys() | predictions.keys()
     assert analysis.pseudo_reliability(truth, {})["all"]["precision"] is None
+
+
+# ---- Intervals ----------------------------------------------------------------------------------
+
+def copied(content, counts):
+    """{video: what it has}, each video as often as its count, under names of their own."""
+    return {f"{name}.{copy}": content[name]
+            for name, count in zip(content, counts) for copy in range(count)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_resample_is_a_test_set_that_holds_a_video_as_often_as_drawn(seed):
+    truth, predictions = made_up(seed, classes="abcdefgh", more="z")
+    weights = np.random.default_rng(seed).multinomial(len(truth), [1 / len(truth)] * len(truth), 20)
+    averages = average_mAPs(analysis.paired(truth, predictions, TIOUS), weights)
+    for counts, average in zip(weights, averages):
+        told = mean_average_precision(copied(truth, counts), copied(predictions, counts), TIOUS)
+        assert average == pytest.approx(told["average_mAP"], abs=1e-12)
+
+
+def test_a_resample_without_an_instance_has_no_map():
+    truth = {"v": video(("a", 0, 10)), "w": video()}
+    pairs = analysis.paired(truth, {"v": said(("a", 0.9, 0, 10))}, [0.5])
+    averages = average_mAPs(pairs, np.array([[1, 1], [0, 2]]))
+    assert averages.tolist() == pytest.approx([1, np.nan], nan_ok=True)
+
+
+def test_an_interval_holds_the_middle_of_resampled_seeds_and_videos():
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(2, 3, 1000))
+    offsets = np.array([[0.0], [6.0], [12.0]])  # of the seeds: drawn, they spread the mean
+    drawn = offsets[rng.integers(3, size=(3, 1000)), 0].mean(0)
+    low, high = interval(one + offsets, other)
+    assert [low, high] == pytest.approx(np.percentile(drawn, MIDDLE), abs=1)
+    assert interval(one + 7, one).tolist() == pytest.approx([7, 7])
+    assert interval(one[:1], other[:1]) == pytest.approx(
+        np.percentile((one - other)[0], MIDDLE))  # one seed: the videos alone
 
 
 # ---- The command --------------------------------------------------------------------------------

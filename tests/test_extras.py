@@ -1,5 +1,6 @@
 """Tests of extras/: tables.py shares and measures runs, bench.py measures every part."""
 import math
+import re
 import shutil
 from collections import Counter
 from types import SimpleNamespace
@@ -44,6 +45,9 @@ def test_tables_share_stages_resume_and_print_markdown(tabled, capsys, monkeypat
     names = [["row", "---", *(row[0] for row in tables.ROWS[table])] for table in ("3a", "3b")]
     assert [row[0] for row in rows] == names[0] + names[1]
     assert len({len(row) for row in rows[:6]}) == 1
+    differences = [row[-1] for row in rows[2:8]]
+    assert differences[0] == "-"
+    assert all(re.fullmatch(r"\S+ ± \S+ \(\S+ to \S+\)", text) for text in differences[1:])
     made = [folder.name.split("-")[0] for folder in (tabled / "tables").iterdir()]
     assert Counter(made) == {"pretrain": 2, "supervised": 2 * 5, "all": 2 * 8}
     calibrated = [path.parent.name.split("-")[0] for path in tabled.rglob("calibration.json")]
