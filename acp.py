@@ -97,7 +97,7 @@ def kmeans(x, k, generator, restarts, iterations=100):
 
 
 def cluster_labels(x, s, generator):
-    """Labels of pre-training: clusters of raw features, 2 a video and s.acp_clusters a batch.
+    """Labels of pre-training: clusters of input features, 2 a video and s.acp_clusters a batch.
 
     x   (B, m, D)
     ->  coarse, fine, each (B, m), or None where the settings do not ask for it"""

@@ -13,9 +13,9 @@ from data import gather, take
 from model import assign_targets, steps_inside, tiou, tnd
 from plumbing.processes import sum_of_all
 
-# theta_h of Eq. (6), by the multiple of the std; fixed: the paper's baseline, frequency: NPL's.
-STDS = {"mean+std": 1, "mean": 0, "mean-std": -1}
-THRESHOLDS = (*STDS, "fixed", "frequency")
+# theta_h of Eq. (6), by the sign of the std; fixed: the paper's baseline, frequency: NPL's.
+SIGN_OF_STD = {"mean+std": 1, "mean": 0, "mean-std": -1}
+THRESHOLDS = (*SIGN_OF_STD, "fixed", "frequency")
 # What the mean and std of theta_h are taken over.
 SCOPES = ("video", "dataset", "class")
 # Whose tIoU and tND the soft label takes: the regressed segments', or the two branches'.
@@ -88,8 +88,8 @@ def joint_score(p_cls, p_tiou, p_tnd, eps):
 def soft_label(onehot, tIoU, tND, branches, eps):
     """The DIoU-based soft label of Sec. 3.1, Y = onehot * max(tIoU - tND, eps).
 
-    The paper's "predicted" tIoU and tND may be the regressed segments' (the default) or the
-    branches'; the setting soft_label chooses. A tIoU branch alone has the label onehot * tIoU.
+    The paper's "predicted" tIoU and tND are the regressed segments' or the branches', as
+    alqa_losses() gives them by the setting soft_label. A tIoU branch alone has onehot * tIoU.
     onehot     (..., K)
     tIoU, tND  (...), detached
     ->         (..., K)"""
@@ -143,17 +143,17 @@ def alqa_losses(outputs, cls_target, offset_target, valid, s):
             "positives": positive.sum()}
 
 
-def theta_h(scores, stds):
+def theta_h(scores, sign):
     """Eq. (6): theta_h = mean(s) + std(s), which parts U+ = {s_i >= theta_h} from U_can.
 
     U_can = {theta_l < s_i < theta_h} are the candidates; select() puts both sets on the records.
     The form of the sum, the population std and >= are not given in the paper: with two instances
     the unbiased std never selects one.
-    scores  (N,), the joint scores s over theta_l of a video, or of what else the scope is
-    stds    1; 0 or -1 leave the std out or take it off (not in the paper; -1 for own data)
+    scores  (N,), the joint scores s over theta_l of a video, class or data set
+    sign    of the std: 1; 0 leaves it out, -1 takes it off (not in the paper; -1 for own data)
     ->      scalar"""
     s = scores.double()
-    theta_h = s.mean() + stds * s.std(correction=0)
+    theta_h = s.mean() + sign * s.std(correction=0)
     return theta_h
 
 
@@ -280,8 +280,8 @@ def select(detections, theta_l, threshold, theta_fixed, scope):
     """Part each video's detections into positives and candidates.
 
     1) theta_l drops, 2) Eq. (6) gives theta_h for what is left of a video, class or data set,
-    3) positive is s >= theta_h.
-    detections   {id: record} after Soft-NMS, which has lowered the joint "scores"
+    3) positive is s >= theta_h, a candidate the rest.
+    detections   {id: record} after Soft-NMS, which lowers the joint "scores", and without_repeats()
     threshold    one of THRESHOLDS; "fixed": theta_fixed is theta_h, the fixed case of Fig. 3(c),
                  and without quality branches the baseline of Tab. 3(a)
     scope        one of SCOPES; "frequency" goes by class
@@ -297,7 +297,7 @@ def select(detections, theta_l, threshold, theta_fixed, scope):
     elif threshold == "frequency":
         thetas = frequency_thresholds(scores_of, theta_fixed)
     else:
-        thetas = [float(theta_h(s, STDS[threshold])) for s in scores_of]
+        thetas = [float(theta_h(s, SIGN_OF_STD[threshold])) for s in scores_of]
     positive = torch.zeros(len(scores)).bool()
     for members, theta in zip(groups, thetas):
         positive[members] = scores[members] >= theta

@@ -437,7 +437,7 @@ def training_batches(videos, data, s, steps, rng, done=0):
     """`steps` batches of s.batch videos, cropped at random, loaded ahead; the first `done` are not.
 
     Of many processes each gets its share of the videos of a larger batch.
-    -> collate()'s, with "ids" of the whole batch"""
+    -> collate()'s, with "ids" of the whole batch beside "id" of the share"""
 
     def load(plan):
         items = [load_item(videos[i], data, s, np.random.default_rng(seed))

@@ -131,11 +131,11 @@ class Discriminator(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def first(self, a):
+    def W_a(self, a):
         """W_a a with the bias: (N, D) -> (N, hidden)."""
         return F.linear(a, self.W_1.weight.chunk(2, 1)[0], self.W_1.bias)
 
-    def second(self, b):
+    def W_b(self, b):
         """W_b b: (M, D) -> (M, hidden)."""
         return F.linear(b, self.W_1.weight.chunk(2, 1)[1])
 
@@ -145,7 +145,7 @@ class Discriminator(nn.Module):
         return self.W_2(hidden)[..., 0]
 
     def forward(self, a, b):
-        return self.logit(self.first(a), self.second(b))
+        return self.logit(self.W_a(a), self.W_b(b))
 
     def mean(self, W_a_a, W_b_b):
         """mean_j D(a_i, b_j) of W_a a (N, hidden) and W_b b (M, hidden) -> (N,); NaN if M is 0."""
@@ -154,15 +154,15 @@ class Discriminator(nn.Module):
 
 
 @torch.no_grad()
-def second_of(D, bank):
-    """W_b b of the labelled instances; the bank may hold it, computed once for many videos."""
-    return bank["W_b_f"] if "W_b_f" in bank else D.second(bank["feats"])
+def W_b_of(D, bank):
+    """W_b b of the labelled instances; train.py computes it once and puts it into the bank."""
+    return bank["W_b"] if "W_b" in bank else D.W_b(bank["feats"])
 
 
 def pair_loss(D, f, i, j, target):
     """E BCE(D(f_i, f_j), target) over i (n,) and j (n, number) -> scalar; j = -1 is no pair."""
     i, j = i[(j >= 0).all(1)], j[(j >= 0).all(1)]
-    logit = D.logit(D.first(f[i])[:, None], D.second(f[j]))  # (n, number)
+    logit = D.logit(D.W_a(f[i])[:, None], D.W_b(f[j]))  # (n, number)
     targets = torch.full_like(logit, target)
     BCE = F.binary_cross_entropy_with_logits(logit, targets, reduction="sum")
     return BCE / max(logit.numel(), 1)
@@ -186,15 +186,15 @@ def similarity(D, f, labels, bank):
     """Eq. (10): s_i = 1 / |F_c| * sum_{f_j in F_c} D(f_i, f_j).
 
     F_c are all labelled instances of the predicted class c. D is in eval mode.
-    f       (N, D), pooled features
+    f       (N, D), pooled features of detections
     labels  (N,)
     ->      (N,); NaN where the class has no labelled instance"""
     s = f.new_zeros(len(f))
-    W_a_f, W_b_f = D.first(f), second_of(D, bank)
+    W_a_f, W_b_bank = D.W_a(f), W_b_of(D, bank)
     for c in labels.unique():
         i = labels == c
         j = bank["labels"] == c  # f_j in F_c
-        s[i] = D.mean(W_a_f[i], W_b_f[j])
+        s[i] = D.mean(W_a_f[i], W_b_bank[j])
     return s
 
 
@@ -209,9 +209,9 @@ def own_minus_other(D, f, labels, bank):
     other class."""
     own = f.new_full((len(f),), torch.nan)
     other = f.new_zeros(len(f))
-    W_a_f, W_b_f = D.first(f), second_of(D, bank)
+    W_a_f, W_b_bank = D.W_a(f), W_b_of(D, bank)
     for c in bank["labels"].unique():
-        s_c = D.mean(W_a_f, W_b_f[bank["labels"] == c])
+        s_c = D.mean(W_a_f, W_b_bank[bank["labels"] == c])
         i = labels == c
         own[i] = s_c[i]
         other[~i] = torch.maximum(other[~i], s_c[~i])

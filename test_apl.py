@@ -147,7 +147,7 @@ def test_quality_targets_and_soft_labels_carry_no_gradient(source):
 
 
 def test_eq_6_by_hand_and_its_thresholds_and_scopes():
-    theta_h = [float(alqa.theta_h(tensor([0.9, 0.5]), stds)) for stds in (1, 0, -1)]
+    theta_h = [float(alqa.theta_h(tensor([0.9, 0.5]), sign)) for sign in (1, 0, -1)]
     assert theta_h == pytest.approx([0.7 + 0.2, 0.7, 0.7 - 0.2])  # 0.2: the population's std
     videos = {"a": detections(0.9, 0.5, 0.1), "b": detections(0.3, 0.2), "empty": detections()}
     selected, theta_h = alqa.select(videos, 0.15, "mean+std", 0.3, "video")

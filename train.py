@@ -56,9 +56,9 @@ SEED_OF_STAGE = 10  # added to a stage's number in its epochs' seeds: 0 and 1 ar
 
 
 # ---- Settings -----------------------------------------------------------------------------------
-# [S] the paper states it, [A] the public ActionFormer has it, [J] neither. A class says from which
-# stage on its settings matter, or build what the run has; those of data, detector and detection
-# are in their files.
+# [S] the paper states it, [A] the public ActionFormer has it, [J] neither. `since`: the stage from
+# which settings matter. The defaults are THUMOS14's; PRESETS, OWN and PAPER in data.py change them.
+# Those of data, detector and detection are in their files.
 
 @dataclass(frozen=True)
 class PretrainSettings(evaluate.DetectionSettings):
@@ -114,8 +114,7 @@ class SupervisedSettings(settings.CheckedSettings):
 class JointSettings(settings.CheckedSettings):
     """Pseudo labels and stage 3.
 
-    Tab. 3(a): baseline --alqa none --icd none --acp none --threshold fixed; + ALQA --icd none
-    --acp none; + ICD --acp none; + ACP --acp coarse+fine; toy and own data with --paper."""
+    README.md has the rows of Table 3 as settings."""
     since = "joint"
     heading = "pseudo labels, stage 3"
     theta_l: Share("joint scores below are dropped, Eq. (6) [S]") = 0.15
@@ -188,8 +187,8 @@ def objective(sup, unsup, s):
 
     L_x = 1 / T+ * sum_t [ L_cls + 1(t positive) * (lambda_reg * L_diou + lambda_quality *
     L_quality) ] + lambda_acp * L_acp.
-    T+ is the running mean, from s.t_plus on, of the number of positive points (the paper: of frames
-    inside actions), as in ActionFormer; batch_losses() updates that of each kind of videos.
+    T+ is a running mean, begun at s.t_plus, of the number of positive points (the paper: of frames
+    inside actions), as in ActionFormer; batch_losses() keeps one for each kind of videos.
     sup, unsup  {"cls", "reg", "quality" (sums over points, the last two over positive ones),
                 "t_plus", "acp"}; unsup is None in stage 2, and where no video has a pseudo label
     ->          scalar"""
@@ -242,7 +241,7 @@ def batch_losses(run, batch, instances, kind):
     total = sum(x.detach().sum() for x in outputs.predictions())
     journal.check_finite(run, "output", total, batch["id"])
     instances = [{key: value.to(s.device) for key, value in r.items()} for r in instances]
-    losses = s.losses(outputs, instances, K)
+    losses = s.losses(outputs, instances, K)  # of alqa.point_losses()
     if lam < 1:  # MixUp, Table 1
         opposite = s.losses(outputs, instances[::-1], K)
         losses = {key: lam * losses[key] + (1 - lam) * opposite[key] for key in losses}
@@ -380,7 +379,7 @@ def advance(run, loss, parts, ids):
 # ---- Stages 1 and 2 -----------------------------------------------------------------------------
 
 def batches_of(run, videos, rng):
-    """The batches of an epoch that are still to do, drawn from some videos; None without any."""
+    """The batches of an epoch that are still to do, of some videos; without any, None each."""
     if not videos:
         return itertools.repeat(None)
     steps = run.plan[run.at.stage][1]
@@ -437,7 +436,7 @@ def compare_with_labelled(run, selected):
     """ICD compares detections {id: record} with the labelled instances of their class."""
     s = run.s
     run.discriminator.eval()
-    bank = run.bank | {"W_b_f": icd.second_of(run.discriminator, run.bank)}
+    bank = run.bank | {"W_b": icd.W_b_of(run.discriminator, run.bank)}
     compared = {}
     for video in processes.share_of(run.data.unlabelled):
         feats = data.load_item(video, run.data, s)["feats"].to(s.device)
@@ -472,7 +471,8 @@ def report_pseudo_labels(run, best=None):
 
 def joint(run, rng):
     """An epoch of stage 3, Fig. 1: detect on unlabelled videos, ALQA selects, ICD compares and
-    refines; labelled videos and pseudo labels teach. Nothing is made anew amid an epoch."""
+    refines; labelled videos and pseudo labels teach. Pseudo labels are made as the first epoch
+    begins, and anew after every s.refresh epochs."""
     s, at, best = run.s, run.at, None
     fresh = not at.done  # an epoch from its start, not resumed amid it
     if fresh and (run.pseudo is None or s.refresh and at.epoch % s.refresh == 0):
@@ -487,8 +487,8 @@ def joint(run, rng):
     if fresh:
         report_pseudo_labels(run, best)
     teaching = [video for video in run.data.unlabelled if teaches(run.pseudo[video.id]).any()]
-    labelled = batches_of(run, run.data.labelled, rng)
-    for batch, pseudo_batch in zip(labelled, batches_of(run, teaching, rng)):
+    batches = batches_of(run, run.data.labelled, rng)
+    for batch, pseudo_batch in zip(batches, batches_of(run, teaching, rng)):
         sup = batch_losses(run, batch, data.ground_truth(batch), "labelled")
         unsup, parts, ids = None, sup, batch["ids"]
         if pseudo_batch:

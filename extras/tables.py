@@ -96,6 +96,8 @@ ROWS = {
         ("joint score >= 0.3, ALQA and ACP", None, f"{FIXED} {WITH_ACP}"),
         ("APL", 24.5, WITH_ACP),
         ("APL without ACP", None, NO_ACP),
+        ("supervised only, all labels", None,
+         f"--stage supervised {PLAIN} --split uniform --ratio 1"),
     ],
     "1-bmn": [
         ("BMN*, supervised only", None, f"--stage supervised {PLAIN}"),
