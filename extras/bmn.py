@@ -142,15 +142,19 @@ class Matching(nn.Module):
 
 # ---- The network --------------------------------------------------------------------------------
 
-def windows_of(x, W):
-    """A sequence x (B, T, C) cut into half-overlapping windows of W steps, filled up with zeros.
+def windows_of(x, mask, W):
+    """Sequences x (B, T, C), mask (B, T), cut into half-overlapping windows of W steps.
 
-    ->  (B, n, W, C), and where the n windows begin, (n,)"""
-    T = x.shape[1]
-    first = list(range(0, max(T - W, 0), W // 2)) + [max(T - W, 0)]
-    x = F.pad(x, (0, 0, 0, max(W - T, 0)))
-    windows = torch.stack([x[:, i:i + W] for i in first], 1)
-    return windows, torch.tensor(first, device=x.device)
+    A video's windows are the same beside a longer one: each begins half a window after the last,
+    until one holds the video's end; zeros follow, and windows without a step.
+    ->  (B, n, W, C), which of its steps are the video's (B, n, W), where windows begin (n,)"""
+    T, half = x.shape[1], W // 2
+    begin = torch.arange(0, max(T - W, 0) + half, half, device=x.device)
+    more = begin[-1] + W - T
+    x, mask = F.pad(x, (0, 0, 0, more)), F.pad(mask, (0, more))
+    windows, steps = (torch.stack([part[:, i:i + W] for i in begin], 1) for part in (x, mask))
+    needed = (begin == 0) | (begin + W - half < mask.sum(1, keepdim=True))  # (B, n)
+    return windows, steps & needed[..., None], begin
 
 
 def at_pairs(start, end):
@@ -307,8 +311,7 @@ class Detector(nn.Module):
         """feats (B, T, D), mask (B, T), any T >= 1 -> Outputs; the windows are seen in float32."""
         B = len(mask)
         (x,), masks = self.pyramid(feats, mask)
-        windows, first = windows_of(x, self.window)  # (B, n, W, C)
-        steps = windows_of(mask[..., None], self.window)[0][..., 0]  # (B, n, W)
+        windows, steps, first = windows_of(x, mask, self.window)  # (B, n, W, C), (B, n, W), (n,)
         windows = windows.float().flatten(0, 1)
         with torch.autocast(x.device.type, enabled=False):
             parts = [self.of_windows(part) for part in windows.split(AT_ONCE * B)]
@@ -445,7 +448,12 @@ OWN = {  # a user's own data: what two cores train in minutes
     "max_steps": 128,
     "supervised_steps": 800,
 }
+PUBLISHED = tuple(name for name in data.PRESETS if name != "toy")
+SHORTER = {"max_steps": 256}  # than ActionFormer's
 PRESETS = {
+    "thumos": SHORTER,
+    "epic-verb": SHORTER,
+    "epic-noun": SHORTER,
     "activitynet": {
         "extension": ".csv",
         "stride": 0.0,  # rows that lie over the whole video, as BSN has made them
@@ -455,7 +463,6 @@ PRESETS = {
         "supervised_epochs": 9,
         "supervised_steps": 0,
     },
-    "thumos": {"max_steps": 256},
 }
 
 
@@ -489,8 +496,7 @@ class Settings(train.Settings):
     @classmethod
     def preset(cls, dataset, paper=False):
         """What --dataset changes, and --paper."""
-        own = OWN if dataset not in PRESETS else {}
-        return super().preset(dataset, paper) | PRESET | own | PRESETS.get(dataset, {})
+        return super().preset(dataset, paper) | PRESET | PRESETS.get(dataset, OWN)
 
     def window(self):
         """The steps W of a window."""

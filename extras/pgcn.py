@@ -19,8 +19,12 @@ those of the method's files; ACP contrasts the first layer of single steps.
 The proposals, of labelled, unlabelled and test videos, are those of a detector of the same labelled
 videos, as `python -m extras.bmn --export-proposals FILE --checkpoint runs/bmn` writes them: one
 that has seen more labels brings them in. But a detector knows its own labelled videos by heart.
-There, where P-GCN learns what a whole action is, are more and better proposals of each action and
-fewer wrong ones than elsewhere, so that completeness and P_tiou come out too sure.
+There, where P-GCN learns what a whole action is, its proposals are better and few are wrong, so
+that completeness and P_tiou come out too sure.
+
+Other than in the public code the ground truth is no proposal; completeness is made a probability
+by a sigmoid; a proposal is regressed before suppression, as an action of its best class; the
+neighbours in detection are fixed, as is the spread of the offsets; there is one stream of features.
 
 Letters as in model.py, P being the proposals of a video, each the root of its own graph. [P] is
 the public P-GCN's, [J] neither that nor the paper's.
@@ -49,17 +53,17 @@ from plumbing.settings import OneOf, ShareBelow1, Text, Width
 from plumbing.words import BadInput, refuse, several, short
 
 CONTEXT = 0.5  # what is seen on either side, as a share of the proposal [P]
-IS_NEAR = 0.7  # tIoU from which two proposals are neighbours that overlap [P]
+IS_NEAR = 0.7  # tIoU over which two proposals are neighbours that overlap [P]
 OVERLAPPING, APART = 8, 2  # candidates of either kind that a node draws its neighbours from [P]
 NEIGHBOURS = 4  # of a node [P]
-FIRST = (0, 1, 2, OVERLAPPING)  # the candidates that detection takes [J]
-SPREAD = (0.1, 0.2)  # of the offsets of the centre and of the length [J; P: measured]
+TAKEN = (0, 1, 2, OVERLAPPING)  # the candidates that detection takes [J]
+SPREAD = (0.1, 0.2)  # unit of the offsets of the centre and of the log length [J; P: measured]
 MOST_LONGER = 3.0  # log of how many times longer or shorter regression makes a proposal [J]
 
-IS_ACTION = 0.7  # tIoU from which a proposal is an action [P]
+IS_ACTION = 0.7  # tIoU over which a proposal is an action [P]
 IS_PART, LEAST_INSIDE = 0.3, 0.01  # tIoU below and share inside over which it is a part of one [P]
 IS_BACKGROUND, SHORTEST = 0.01, 0.02  # tIoU below and share of the video over which it is none [P]
-IS_REJECTED = 0.5  # share inside a rejected segment from which it is neither of the two [J]
+IS_REJECTED = 0.5  # share inside a rejected segment over which it is neither of the two [J]
 ROOTS = (1, 6, 1)  # actions, parts and background of a set of roots [P]
 HARDEST = 0.17  # share of the parts of a set that teaches completeness [P]
 OF_COMPLETENESS, OF_REGRESSION = 0.5, 0.5  # weights of these losses [P]
@@ -68,11 +72,11 @@ OF_COMPLETENESS, OF_REGRESSION = 0.5, 0.5  # weights of these losses [P]
 # ---- Proposals ----------------------------------------------------------------------------------
 
 def padded(rows):
-    """Rows of videos, B x (N, F), as one tensor (B, P, F), P >= 1, and which are some (B, P)."""
+    """Rows of videos, B x (N, F), as one tensor (B, P, F), P >= 1, and its mask (B, P)."""
     one = rows[0].new_ones(1, rows[0].shape[1])
     parts = [*rows, one]  # of one more video, so that P >= 1; it is left out again
-    some = [torch.ones_like(part[:, 0]).bool() for part in parts]
-    return pad_sequence(parts, batch_first=True)[:-1], pad_sequence(some, batch_first=True)[:-1]
+    masks = [torch.ones_like(part[:, 0]).bool() for part in parts]
+    return pad_sequence(parts, batch_first=True)[:-1], pad_sequence(masks, batch_first=True)[:-1]
 
 
 def pooled(feats, segments, pool):
@@ -88,7 +92,7 @@ def pooled(feats, segments, pool):
 # ---- The graph ----------------------------------------------------------------------------------
 
 def best_others(value, allowed, number):
-    """The `number` best of the allowed others of each node, in turn anew where there are fewer.
+    """The `number` best of the allowed others of each node, over and over where there are fewer.
 
     A node without any has itself.
     value, allowed  (B, P, P), of a node's others
@@ -113,28 +117,28 @@ def candidates(proposals, mask):
     return torch.cat([overlapping, apart], -1)
 
 
-def chosen_neighbours(found, training, most):
+def chosen_neighbours(pool, training, most):
     """The neighbours of nodes and, for each, those of these neighbours: (B, P, 5, NEIGHBOURS).
 
     Row 0 are a root's own, row i those of its i-th neighbour. In training each row is drawn, in
-    detection all are the FIRST.
-    found  (B, P, candidates), as candidates() has them
-    most   at least P, how many draws a video has in all processes"""
-    B, P, number = found.shape
-    order = found.new_tensor(FIRST).expand(B, P, NEIGHBOURS + 1, NEIGHBOURS)
+    detection all are those TAKEN.
+    pool  (B, P, candidates), as candidates() has them
+    most  how many draws each video gets, at least P: the same ones whatever P is"""
+    B, P, number = pool.shape
+    order = pool.new_tensor(TAKEN).expand(B, P, NEIGHBOURS + 1, NEIGHBOURS)
     if training:
-        draws = draws_of_batch((B, most, NEIGHBOURS + 1, number), found.device)[:, :P]
+        draws = draws_of_batch((B, most, NEIGHBOURS + 1, number), pool.device)[:, :P]
         order = draws.argsort(-1)[..., :NEIGHBOURS]
-    of_root = found.gather(2, order[:, :, 0])  # (B, P, 4)
-    theirs = acp.rows_at(found, of_root.flatten(1)).unflatten(1, (P, NEIGHBOURS))
+    of_root = pool.gather(2, order[:, :, 0])  # (B, P, 4)
+    theirs = acp.rows_at(pool, of_root.flatten(1)).unflatten(1, (P, NEIGHBOURS))
     theirs = theirs.gather(3, order[:, :, 1:])  # (B, P, 4, 4)
     return torch.cat([of_root[:, :, None], theirs], 2)
 
 
 def edges(x, nodes):
-    """The weights of nodes (B, P, 5, 5) to the first of their row: relu of the cosine.
+    """The rows of the adjacency: weights of nodes (B, P, 5, 5) to the first of each row.
 
-    That of the first itself is 1, those of its neighbours count a fourth."""
+    1 for itself, relu(cosine) / 4 for its neighbours."""
     x = F.normalize(x, dim=-1)
     cosine = F.relu(x @ x.transpose(1, 2)).flatten(1)  # (B, P * P)
     pairs = nodes[..., :1] * x.shape[1] + nodes
@@ -165,7 +169,7 @@ class Graph(nn.Module):
         self.gc2 = Layer(hidden, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def first(self, x):
+    def single(self, x):
         """The first layer of single rows, without neighbours."""
         return F.relu(x @ self.gc1.weight + self.gc1.bias)
 
@@ -200,7 +204,7 @@ def regressed(proposals, offsets):
 class Outputs(NamedTuple):
     """Raw predictions of the proposals of a batch."""
     activity: torch.Tensor  # (B, P, K + 1), logits, background first
-    completeness: torch.Tensor  # (B, P, K), from below -1, a part, to over 1, a whole action
+    completeness: torch.Tensor  # (B, P, K): a part is to be below -1, a whole over 1
     offsets: torch.Tensor  # (B, P, K, 2), as regressed() takes them
     p_tiou: torch.Tensor  # (B, P)
     p_tnd: torch.Tensor  # (B, P)
@@ -254,7 +258,7 @@ class Detector(nn.Module):
     def pyramid(self, feats, mask, proposals=()):
         """The first layer of single steps, the one level that ACP contrasts: [(B, T, C)], [(B, T)].
         """
-        return [self.Act_GCN.first(feats) * mask[..., None]], [mask]
+        return [self.Act_GCN.single(feats) * mask[..., None]], [mask]
 
     def quality(self, h):
         """What model.QualityBranches has: h (B, P, C) -> P_tiou, P_tnd, two (B, P)."""
@@ -262,12 +266,11 @@ class Detector(nn.Module):
         P_tnd = torch.sigmoid(self.tnd(h)[..., 0]) if self.tnd else torch.zeros_like(h[..., 0])
         return P_tiou, P_tnd
 
-    def heads(self, of_activity, of_completeness):
+    def heads(self, h_activity, h):
         """The predictions of what the two graphs give, (B, P, 2 * D) and (B, P, 6 * D)."""
-        h = of_completeness
         spread = h.new_tensor(SPREAD)
         offsets = self.regressor_fc(h).unflatten(-1, (-1, 2)) * spread
-        activity = self.activity_fc(self.dropout(of_activity))
+        activity = self.activity_fc(self.dropout(h_activity))
         return activity, self.completeness_fc(h), offsets, *self.quality(self.dropout(h))
 
     def forward(self, feats, mask, proposals):
@@ -276,16 +279,16 @@ class Detector(nn.Module):
         lengths = mask.sum(1).tolist()
         parts = zip(feats, lengths, proposals)
         seen = [pooled(x[:length], segments, self.pool) for x, length, segments in parts]
-        around, some = padded(seen)  # (B, P, 3 * D)
+        around, exist = padded(seen)  # (B, P, 3 * D)
         inside = around.chunk(3, -1)[1]
         segments, _ = padded(proposals)
-        found = candidates(segments, some)
-        neighbours = chosen_neighbours(found, self.training, self.most)
+        pool = candidates(segments, exist)
+        neighbours = chosen_neighbours(pool, self.training, self.most)
         with torch.autocast(feats.device.type, enabled=False):
             predicted = self.heads(
                 self.Act_GCN(inside, neighbours), self.Comp_GCN(around, neighbours))
             levels, masks = self.pyramid(feats, mask)
-        return Outputs(*predicted, some, segments, levels, masks)
+        return Outputs(*predicted, exist, segments, levels, masks)
 
 
 # ---- Targets ------------------------------------------------------------------------------------
@@ -327,9 +330,10 @@ def drawn(members, draws):
 
 
 def draw_roots(kinds, sets):
-    """Sets of roots of videos that have an action: (B, 3, P) -> (B, sets, 8) proposals.
+    """Sets of roots of videos: (B, 3, P) -> (B, sets, 8) proposals.
 
-    A set has ROOTS of each kind, in their order; an action stands for a kind that is not there."""
+    A set has ROOTS of each kind, in their order; an action stands for a kind that is not there, any
+    proposal where there is none."""
     action = kinds[:, 0]
     draws = draws_of_batch((len(kinds), sets, sum(ROOTS)), kinds.device)
     roots = []
@@ -361,7 +365,7 @@ def offset_target(proposals, truth):
 
 
 def regression_loss(offsets, target):
-    """Smooth L1 of both offsets (N, 2), in their spread, summed -> scalar."""
+    """Smooth L1 of both offsets (N, 2), in their spread: the mean of their sums -> scalar."""
     return 2 * F.smooth_l1_loss(offsets, target)
 
 
@@ -390,8 +394,8 @@ def root_losses(outputs, of, roots, s):
     L_quality = L_reg * 0
     if s.alqa != "none":
         of_quality = action | part
-        found = regressed(proposals, offsets.detach())[of_quality]
-        tIoU, tND = model.tiou(found, truth[of_quality]), model.tnd(found, truth[of_quality])
+        moved = regressed(proposals, offsets.detach())[of_quality]
+        tIoU, tND = model.tiou(moved, truth[of_quality]), model.tnd(moved, truth[of_quality])
         p_tiou, p_tnd = (p[video, roots][of_quality] for p in (outputs.p_tiou, outputs.p_tnd))
         L_quality = alqa.quality_loss(p_tiou, p_tnd, tIoU, tND, s.alqa, s.quality_form).mean()
     L_cls = L_activity + OF_COMPLETENESS * L_completeness
@@ -465,7 +469,6 @@ OWN = {  # a user's own data: few labelled videos, a hundred proposals each
     "graph_dropout": 0.5,
     "activity_dropout": 0.5,
 }
-PUBLISHED = ("thumos", "activitynet", "epic-verb", "epic-noun")
 
 
 @dataclass(frozen=True)
@@ -510,7 +513,7 @@ class Settings(train.Settings, ProposalSettings):
     @classmethod
     def preset(cls, dataset, paper=False):
         """What --dataset changes, and --paper."""
-        own = OWN if dataset not in PUBLISHED else {}
+        own = OWN if dataset not in bmn.PUBLISHED else {}
         return super().preset(dataset, paper) | PRESET | own
 
     @cached_property

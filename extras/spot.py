@@ -15,9 +15,9 @@ video teaches by the classes and masks that the detector itself gives it, made a
 (--pseudo maps), or by the pseudo labels of train.py (--pseudo labels).
 
 Other than in the public code all instances of a video teach, by every step inside; a detection is
-one run, not all from the first to the last, and of any class; what is around it may be taken off
-its score; the losses of unlabelled videos reach the gradient; the snippets that are contrasted are
-steps, not channels, and targets say which are hard.
+one run, not all from the first to the last, and of any class; its score is the mean of the class,
+if asked less that around it, times the mean of the row; the losses of unlabelled videos reach the
+gradient; the snippets that are contrasted are steps, not channels, and targets say which are hard.
 
 A video longer than a window is seen in half-overlapping windows. Letters as in model.py, and n
 windows of W steps of a video, P detections before suppression. [P] is the public SPOT's, [J]
@@ -35,7 +35,7 @@ import data
 import evaluate
 import train
 from acp import ACP, rows_at, step_classes
-from extras.bmn import train_or_evaluate, windows_of
+from extras import bmn
 from model import sinusoid, steps_inside
 from plumbing.processes import draws_of_batch, process_count, sum_of_all
 from plumbing.settings import Blocks, OneOf, Share, Width
@@ -51,7 +51,7 @@ SMOOTH = 10  # pairs of steps that are added to either kind in the weights of th
 TAU = 0.07  # temperature of the contrast of snippets [P]
 HARD = 2  # steps to either side of a boundary that are hard to tell [J; P: by a morphology]
 MASK_LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8)  # over which a run of a mask's row is a detection [P]
-CLASS_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # ... a run of a class [P]
+CLASS_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # over which a run of a class is [P]
 
 
 # ---- Detections from classes and masks ----------------------------------------------------------
@@ -86,14 +86,15 @@ def sums_of(running, first, end):
     return of_end - of_first
 
 
-def class_scores(running, first, end, around):
+def class_scores(running, first, end, around, steps):
     """The mean of each class in runs, less that around them; not below 0.
 
-    around  what is before and after a run, as a share of it; 0: nothing is taken off
-    others  as sums_of() has them"""
+    running, first, end  as sums_of() has them
+    around               what is before and after a run, as a share of it; 0: nothing is taken off
+    steps                (..., 1), how many of the W are the video's"""
     length = end - first
     margin = (around * length).ceil().long().clamp(min=0)
-    start, stop = (first - margin).clamp(min=0), (end + margin).clamp(max=first.shape[-1])
+    start, stop = (first - margin).clamp(min=0), torch.minimum(end + margin, steps)
     inside = sums_of(running, first, end)
     outside = sums_of(running, start, stop) - inside
     count = (stop - start - length).clamp(min=1)
@@ -107,34 +108,41 @@ class Found(NamedTuple):
     mask: torch.Tensor  # (B, P)
 
 
+def cut_off(first, end, begin, inside):
+    """Which runs first .. end - 1, (B, n, W), a window cuts to less than half of its length.
+
+    Each of these lies in the window before or behind as well, which holds more of it.
+    begin, inside  as find() has them"""
+    W = inside.shape[2]
+    goes_on = F.pad(inside.any(2)[:, 1:], (0, 1))[..., None]  # (B, n, 1), into the next window
+    at_border = (first == 0) & (begin > 0)[:, None] | (end == W) & goes_on
+    return at_border & (end - first < W // 2)
+
+
 def find(p, maps, inside, begin, s):
     """What windows hold: around each step the runs of its mask's row and of its best class.
 
-    A run's score of a class is class_scores() times the mean over the run of the step's row. A run
-    that ends where a window does, but the video goes on, is cut off and left out.
+    A run's score of a class is class_scores() times the mean over the run of the step's row.
     p       (B, n, W, K), the class scores of the steps; maps (B, n, W, W), row i the mask of step i
     inside  (B, n, W), which steps are the video's
     begin   (n,), where the windows begin
     ->      Found, the runs of a window together"""
-    W = p.shape[2]
     p = smoothed((p * inside[..., None]).transpose(2, 3), s.smooth) * inside[:, :, None]
     maps = smoothed(maps, s.smooth) * inside[:, :, None]
-    of_best = torch.take_along_dim(p, p.argmax(2)[..., None], 2)  # row i: the best class of step i
+    best_rows = torch.take_along_dim(p, p.argmax(2)[..., None], 2)  # row i: step i's best class
     running = F.pad(p.transpose(2, 3).cumsum(2), (0, 0, 1, 0))
-    running_rows = F.pad(maps.cumsum(3), (1, 0))
-    length = inside.sum(2)
-    goes_on = begin + length < (begin + length).amax(1, keepdim=True)  # (B, n)
+    running_maps = F.pad(maps.cumsum(3), (1, 0))
+    steps = inside.sum(2)[..., None]  # (B, n, 1)
     parts = []
-    for rows, levels in ((maps, MASK_LEVELS), (of_best, CLASS_LEVELS)):
+    for rows, levels in ((maps, MASK_LEVELS), (best_rows, CLASS_LEVELS)):
         for level in levels:
             first, last = runs(rows > level)
             end = last + 1
-            of_row = torch.take_along_dim(running_rows, torch.stack([first, end], -1), 3).diff()
-            of_row = of_row / (end - first).clamp(min=1)[..., None]  # (B, n, W, 1)
-            score = class_scores(running, first, end, s.around) * of_row
+            mask_sum = torch.take_along_dim(running_maps, torch.stack([first, end], -1), 3).diff()
+            mask_mean = mask_sum / (end - first).clamp(min=1)[..., None]  # (B, n, W, 1)
+            scores = class_scores(running, first, end, s.around, steps) * mask_mean
             segments = torch.stack([first - 0.5, last + 0.5], -1) + begin[:, None, None]
-            cut = (first == 0) & (begin > 0)[:, None] | (end == W) & goes_on[..., None]
-            parts.append((segments, score, (first < end) & ~cut))
+            parts.append((segments, scores, (first < end) & ~cut_off(first, end, begin, inside)))
     # Each (B, n, levels, W, ...) -> (B, P, ...).
     return Found(*(torch.stack(part, 2).flatten(1, 3) for part in zip(*parts)))
 
@@ -249,8 +257,7 @@ class Detector(nn.Module):
 
     def forward(self, feats, mask):
         """feats (B, T, D), mask (B, T), any T >= 1 -> Outputs."""
-        windows, begin = windows_of(feats, self.window)  # (B, n, W, D)
-        steps = windows_of(mask[..., None], self.window)[0][..., 0]  # (B, n, W)
+        windows, steps, begin = bmn.windows_of(feats, mask, self.window)  # (B, n, W, D), (B, n, W)
         B, n, W = steps.shape
         x = self.embed(windows.flatten(0, 1), steps.flatten(0, 1))
         rows = x.transpose(1, 2)
@@ -269,7 +276,7 @@ class Detector(nn.Module):
 def targets(record, W, num_classes):
     """The classes and masks of the W steps of a video, by the instances of its record.
 
-    A step is in an instance if it lies inside; of many it is in the shortest.
+    A step is in an instance if it lies inside, of several in the shortest.
     -> the class of each step (W,), background num_classes, unknown inside a rejected segment -1;
        and the map (W, W) bool: row i holds for the steps of the instance that step i is in"""
     segments = record["segments"]
@@ -366,7 +373,7 @@ def batch_losses(outputs, instances, num_classes, s):
     ->         {"cls", "reg" (masks), "quality" (embedding), "positives", the steps in actions},
                scalars that are finite without an instance"""
     logits, maps, inside = outputs.logits[:, 0], outputs.maps[:, 0], outputs.steps[:, 0]
-    if any(instances):
+    if instances[0]:  # not {}, which has no segments
         each = [targets(record, inside.shape[1], num_classes) for record in instances]
         classes, truth = (torch.stack(part) for part in zip(*each))
     else:
@@ -387,14 +394,14 @@ def batch_losses(outputs, instances, num_classes, s):
 # ---- Stage 1, SPOT's own pretext ----------------------------------------------------------------
 
 def random_spans(mask, generator):
-    """Two random spans of each video without a common step, as B records.
+    """Two random spans of each video, in order, which share a step at most, as B records.
 
     mask  (B, T)"""
     draws = draws_of_batch((len(mask), 4), generator=generator).sort(1).values
-    edges = (draws.to(mask.device) * mask.sum(1, keepdim=True)).floor()
+    times = (draws.to(mask.device) * mask.sum(1, keepdim=True)).floor()
     labels = torch.arange(2, device=mask.device)
     return [{"segments": row.reshape(2, 2), "labels": labels, "rejected": row.new_zeros(0, 2)}
-            for row in edges]
+            for row in times]
 
 
 def swap_halves(x, mask, swapped):
@@ -472,19 +479,8 @@ OWN = {  # a user's own data, with many actions a video
     "max_steps": 128,
     "supervised_steps": 800,
 }
-PRESETS = {
-    "activitynet": {
-        "extension": ".csv",
-        "stride": 0.0,  # rows that lie over the whole video, as BSN has made them
-        "resize": 100,
-        "max_steps": 100,
-        "crop_min": 1.0,
-        "pretrain_epochs": 30,
-        "supervised_epochs": 9,
-        "supervised_steps": 0,
-        "position": False,
-    },
-    "thumos": {"max_steps": 256},
+PRESETS = bmn.PRESETS | {
+    "activitynet": bmn.PRESETS["activitynet"] | {"position": False},
 }
 MOST_STEPS = 512  # of a window: a map has as many rows and columns
 
@@ -529,8 +525,7 @@ class Settings(train.Settings):
     @classmethod
     def preset(cls, dataset, paper=False):
         """What --dataset changes, and --paper."""
-        own = OWN if dataset not in PRESETS else {}
-        return super().preset(dataset, paper) | PRESET | own | PRESETS.get(dataset, {})
+        return super().preset(dataset, paper) | PRESET | PRESETS.get(dataset, OWN)
 
     def window(self):
         """The steps W of a window."""
@@ -556,7 +551,7 @@ class Settings(train.Settings):
 
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
-    return train_or_evaluate(sys.argv[1:] if argv is None else argv, Settings)
+    return bmn.train_or_evaluate(sys.argv[1:] if argv is None else argv, Settings)
 
 
 if __name__ == "__main__":

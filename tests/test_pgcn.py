@@ -520,7 +520,7 @@ def test_acp_contrasts_the_first_layer_of_single_steps(own):
     detector, x = small().build(4, 3), torch.randn(2, 6, 4)
     mask = (torch.arange(6) < torch.tensor([[6], [4]]))
     (level,), (same_mask,) = detector.pyramid(x, mask)
-    assert torch.allclose(level[0], detector.Act_GCN.first(x[0]))
+    assert torch.allclose(level[0], detector.Act_GCN.single(x[0]))
     assert not level[1, 4:].any()
     assert torch.equal(same_mask, mask)
 

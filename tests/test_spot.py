@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import evaluate
 import train
-from extras import fig4, spot, tables, viewer
+from extras import bmn, fig4, spot, tables, viewer
 from plumbing import arguments, public
 from plumbing.listing import once
 from tests.helpers import (
@@ -186,10 +186,12 @@ def test_the_published_size_has_the_published_number_of_parameters():
 
 def test_runs_and_means_are_loops():
     over = torch.rand(2, 9, 9) < 0.7
+    over[1, :, 8] = False  # a video of 8 steps
     first, last = spot.runs(over)
     x = torch.rand(2, 9, 3)
     sums = F.pad(x.cumsum(1), (0, 0, 1, 0))
-    scores = spot.class_scores(sums, first, last + 1, 0.5)
+    steps = torch.tensor([[9], [8]])
+    scores = spot.class_scores(sums, first, last + 1, 0.5, steps)
     for b, i in itertools.product(range(2), range(9)):
         mine = [group for group in groups(over[b, i]) if i in group]
         assert (first[b, i] <= last[b, i]) == bool(mine)
@@ -197,7 +199,7 @@ def test_runs_and_means_are_loops():
             start, end = group[0], group[-1] + 1
             assert (first[b, i], last[b, i] + 1) == (start, end)
             margin = math.ceil(0.5 * (end - start))
-            around = [*range(max(start - margin, 0), start), *range(end, min(end + margin, 9))]
+            around = [*range(max(start - margin, 0), start), *range(end, min(end + margin, 9 - b))]
             rest = x[b, around].sum(0) / max(len(around), 1)
             expected = (x[b, group].mean(0) - rest).clamp(min=0)
             assert torch.allclose(scores[b, i], expected, atol=1e-5)
@@ -247,15 +249,21 @@ def test_perfect_maps_give_the_ground_truth(segments, labels, around):
     assert perfect["cls"] < other["cls"] and perfect["reg"] < other["reg"]
 
 
-def test_a_run_that_a_window_cuts_is_found_in_the_next_alone():
+@pytest.mark.parametrize(("first", "end", "found"), [
+    (8, 14, {(7.5, 13.5)}),  # the second window alone has it whole
+    (3, 8, {(2.5, 7.5)}),  # the first alone
+    (7, 11, {(6.5, 10.5)}),  # both
+    (2, 17, {(1.5, 11.5), (5.5, 16.5)}),  # neither: its longest parts
+    (14, 18, {(13.5, 17.5)}),  # at the video's end, where no window follows
+])
+def test_a_run_that_a_window_cuts_is_found_where_more_of_it_is(first, end, found):
     s = small(min_score=0.3)
-    truth = torch.zeros(18)
-    truth[8:14] = 1
-    p = torch.stack([truth[:W], truth[6:]])[None, :, :, None]
+    truth = torch.zeros(1, 40, 1)
+    truth[:, first:end] = 1
+    p, inside, begin = bmn.windows_of(truth, torch.arange(40)[None] < 18, W)
     maps = p * p.transpose(2, 3)
-    everything = torch.ones(1, 2, W).bool()
-    found = spot.find(p, maps, everything, torch.tensor([0, 6]), s)
-    assert set(map(tuple, found.segments[found.mask].tolist())) == {(7.5, 13.5)}
+    runs = spot.find(p, maps, inside, begin, s)
+    assert set(map(tuple, runs.segments[runs.mask].tolist())) == found
 
 
 @torch.no_grad()
