@@ -37,6 +37,7 @@ from alqa import SCOPES, SOFT_LABELS, THRESHOLDS
 from icd import REFINEMENTS, SCORES
 from plumbing import checkpoints, checks, files, journal, processes, public, resume, runs, settings
 from plumbing.arguments import settings_of, words_of
+from plumbing.inputs import Passes
 from plumbing.settings import (
     AtLeast1,
     Count,
@@ -134,7 +135,8 @@ class JointSettings(settings.CheckedSettings):
     lambda_u: NotNegative("weight of L_unsup [S]") = 2.0
     joint_epochs: CountOrNone("stage 3 [S: 40 THUMOS14, 15 ActivityNet]") = 40
     refresh: CountOrNone("epochs between new pseudo labels; 0: made once [J]") = 0
-    pseudo_weights: OneOf(("raw", "ema"), "weights that make pseudo labels [J]") = "raw"
+    passes: CountOrNone("looks with the input's training noise, whose means make pseudo labels; "
+                        "0: one without noise [J]") = 0
 
 
 @dataclass(frozen=True)
@@ -352,6 +354,11 @@ def average_weights(run):
     get_ema_multi_avg_fn(decay)(run.averages, run.weights, None)
 
 
+def reported(run):
+    """The detector with the weights that the run reports, and that make its pseudo labels."""
+    return run.ema if run.s.weights == "ema" else run.detector
+
+
 def advance(run, loss, parts, ids):
     """One optimiser step on `loss`; raises Stopped, with the run saved, if a signal came.
 
@@ -422,8 +429,8 @@ def supervised(run, rng):
 def detect_unlabelled(run):
     """Detections of the unlabelled videos {id: record}, without repeats (not in the paper)."""
     s = run.s
-    detector = run.ema if s.pseudo_weights == "ema" else run.detector
-    detections = evaluate.detect(detector, run.data.unlabelled, run.data, s)
+    looks = Passes(reported(run), s.passes)
+    detections = evaluate.detect(looks, run.data.unlabelled, run.data, s)
     exclusive = s.exclusive and not alqa.classes_share_segments(run.data.labelled, s.repeat)
     for name, record in detections.items():
         if s.rerank:
@@ -457,8 +464,7 @@ def report_pseudo_labels(run, best=None):
     quality = evaluate.pseudo_label_quality(taught, run.data.hidden) if run.s.audit else {}
     run.folder.log(
         run.at, positives=kept + dropped, candidates=mined + candidates, dropped=dropped,
-        mined=mined, theta_h=run.theta_h,
-        silent=sum(len(r["labels"]) == 0 for r in taught.values()), **quality)
+        mined=mined, theta_h=run.theta_h, **quality)
     if best is None:
         return
     theta_h = "-" if run.theta_h is None else f"{run.theta_h:.3f}"
@@ -547,8 +553,7 @@ def end_stage(run):
     if run.at.stage == "pretrain" and s.page:
         journal.run_extra(run, "fig4")
     if run.at.stage == "supervised" and "joint" in run.plan and run.data.truth:
-        detector = run.ema if s.weights == "ema" else run.detector
-        metrics, _ = evaluate.evaluate_detector(detector, run.data, s)
+        metrics, _ = evaluate.evaluate_detector(reported(run), run.data, s)
         run.supervised_mAP = metrics["average_mAP"]
 
 

@@ -39,7 +39,7 @@ from plumbing.files import write_json
 from plumbing.inputs import Input
 from plumbing.processes import process_count, sum_of_all
 from plumbing.runs import guard
-from plumbing.settings import NotNegative, Parser, Width, parser_of
+from plumbing.settings import Nothing, NotNegative, Parser, Width, parser_of
 from plumbing.sources import feature_files, whole_paths
 from plumbing.words import BadInput, say
 
@@ -431,6 +431,7 @@ def batch_losses(outputs, instances, s):
 # ---- Settings -----------------------------------------------------------------------------------
 
 PRESET = {  # beside those of data.PRESETS
+    "passes": 0,
     "theta_l": 0.02,  # a product of five numbers below 1 is small
     "min_score": 1e-4,
     "nms_sigma": 0.4,
@@ -471,6 +472,7 @@ class Settings(train.Settings):
     """train.py's settings and BMN's; the defaults are the public BMN's."""
     since = "pretrain"
     heading = "this detector's own"
+    passes: Nothing("pseudo labels are made of one look") = 0
     hidden: Width("width C of the base") = 256
     map_wide: Width("width of a pair after the sampling layer") = 512
     map_width: Width("width of the map's convolutions") = 128

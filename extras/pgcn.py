@@ -49,7 +49,7 @@ from extras import bmn
 from plumbing import checks, forms, settings
 from plumbing.files import read_json
 from plumbing.processes import draws_of_batch, process_count, sum_of_all
-from plumbing.settings import OneOf, ShareBelow1, Text, Width
+from plumbing.settings import Nothing, OneOf, ShareBelow1, Text, Width
 from plumbing.words import BadInput, refuse, several, short
 
 CONTEXT = 0.5  # what is seen on either side, as a share of the proposal [P]
@@ -453,6 +453,7 @@ def odd_proposals(found, dataset, s):
 # ---- Settings -----------------------------------------------------------------------------------
 
 PRESET = {  # beside those of data.PRESETS
+    "passes": 0,
     "acp": "none",
     "acp_after": "none",
     "vote": 0.0,
@@ -486,6 +487,7 @@ class Settings(train.Settings, ProposalSettings):
     """train.py's settings and P-GCN's; the defaults are the public P-GCN's."""
     since = "pretrain"
     heading = "this detector's own"
+    passes: Nothing("pseudo labels are made of one look") = 0
     hidden: Width("hidden width of a graph") = 512
     pool: OneOf(("max", "mean"), "pooling of a proposal's features over time") = "max"
     graph_dropout: ShareBelow1("dropout of the hidden layer of a graph") = 0.7

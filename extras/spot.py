@@ -38,7 +38,7 @@ from acp import ACP, rows_at, step_classes
 from extras import bmn
 from model import sinusoid, steps_inside
 from plumbing.processes import draws_of_batch, process_count, sum_of_all
-from plumbing.settings import Blocks, OneOf, Share, Width
+from plumbing.settings import Blocks, Nothing, OneOf, Share, Width
 from plumbing.words import BadInput
 
 HEADS = 4  # of the attention, each as wide as the input [P]
@@ -462,6 +462,7 @@ def learn_from_maps(run, rng):
 # ---- Settings -----------------------------------------------------------------------------------
 
 PRESET = {  # beside those of data.PRESETS
+    "passes": 0,
     "acp_after": "none",  # ACP stands in the place of SPOT's pretext, in stage 1 alone
     "min_score": 1e-4,
     "nms_sigma": 0.4,
@@ -490,6 +491,7 @@ class Settings(train.Settings):
     """train.py's settings and SPOT's."""
     since = "pretrain"
     heading = "this detector's own"
+    passes: Nothing("pseudo labels are made of one look") = 0
     acp: OneOf((*ACP, "pretext"), "contrasts of Eq. (11) in stage 1, or SPOT's own pretext; none "
                "leaves stage 1 out [S]") = "coarse+fine"
     acp_after: OneOf(("none", "labelled", "labelled+unlabelled"), "where L_acp goes on after stage "

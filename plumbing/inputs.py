@@ -1,4 +1,5 @@
-"""The input of a detector: standardised over each video too, and with noise in training."""
+"""The input of a detector: standardised over each video too, with noise in training, or looked at
+many times with noise."""
 import torch
 from torch import nn
 
@@ -51,3 +52,28 @@ class Input(nn.Module):
         if self.s.input_view == "both":
             x = torch.cat([x, over_itself(x, mask)], 2)
         return self.dropout(x)
+
+
+class Passes(nn.Module):
+    """A detector whose predictions are the means of many passes with its input's noise.
+
+    What it predicts whatever person or sensor gave the features is surer than one look. The random
+    numbers of training stay those of training: each batch is seen with the same ones.
+    network  a Detector of model.py, whose outputs hold their predictions first
+    count    how many passes; 0: one without noise, of any detector"""
+
+    def __init__(self, network, count):
+        super().__init__()
+        self.network = network
+        self.count = count
+        self.training = network.training
+
+    def forward(self, *batch):
+        if not self.count:
+            return self.network(*batch)
+        self.network.input.train()
+        with torch.random.fork_rng([]):  # of the CPU, which all processes share
+            each = [self.network(*batch) for _ in range(self.count)]
+        self.network.input.train(self.training)
+        means = [torch.stack(parts).mean(0) for parts in zip(*(o.predictions() for o in each))]
+        return type(each[0])(*means, *each[0][len(means):])

@@ -12,7 +12,8 @@ from plumbing.processes import process_count
 from plumbing.settings import LATER, settings_of_stages
 from plumbing.words import BadInput, is_first, several, short, shown
 
-FORMER = {"icd_steps": 0}  # settings that older files have: the value that changed nothing
+# Settings that only older files have, with the values under which a run goes on.
+FORMER = {"icd_steps": (0,), "pseudo_weights": ("raw", "ema")}
 TUNED = ("lr", "warmup", "clip")  # what may differ from the settings of another run
 
 # ---- Saving -------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def check_settings(theirs, s, stages, where):
     mine = asdict(s)
     theirs = LATER | theirs
     for name, value in theirs.items():
-        if name not in mine and (name, value) not in FORMER.items():
+        if name not in mine and value not in FORMER.get(name, ()):
             raise BadInput(f"{where} is not of this version: it has a setting {short(name)}")
     for name in settings_of_stages(type(s), stages):
         if mine[name] != theirs[name] and not (s.start and name in TUNED):

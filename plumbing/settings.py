@@ -15,7 +15,7 @@ from typing import Annotated
 import numpy as np
 
 from plumbing.files import Reading
-from plumbing.words import BadInput, nearest, short, shown
+from plumbing.words import BadInput, nearest, short, shown, warn
 
 # ---- Kinds of settings: each makes a field's type of the comment on it --------------------------
 
@@ -48,6 +48,7 @@ AtLeast1 = number(float, 1, 1e12, "at least 1")
 Finite = number(float, -1e12, 1e12, "finite")
 Whole = number(int, 0, 1e12, "not negative")
 WholePositive = number(int, 1, 1e12, "positive")
+Nothing = number(int, 0, 0, "0 for this detector")
 Blocks = number(int, 0, 64, "from 0 to 64")
 WidthOrNone = number(int, 0, 8192, "from 0 to 8192")
 CountOrNone = number(int, 0, 10 ** 6, "from 0 to a million")
@@ -113,7 +114,8 @@ def settings_of_stages(kind, stages):
 
 
 # What older files lack, as it was then.
-LATER = {"skip_columns": 0, "fill_gaps": False, "input_jitter": 0.0, "input_view": "all"}
+LATER = {"skip_columns": 0, "fill_gaps": False, "input_jitter": 0.0, "input_view": "all",
+         "passes": 0}
 
 
 def settings_from(found, kind, where):
@@ -292,6 +294,9 @@ def read_arguments(argv, kind):
         add_setting(group, by_name[name], preset, name in kind.UNUSED)
     given = vars(parser.parse_args(argv))
     given.pop("paper", None)
+    idle = sorted(given.keys() & set(kind.UNUSED))
+    if idle:
+        warn([f"this detector reads no setting {' and no '.join(idle)}"])
     return given, preset
 
 

@@ -21,7 +21,7 @@ TINY = (  # a run of seconds: a small network, few steps
     "--pretrain-epochs", 2, "--supervised-epochs", 2, "--supervised-steps", 4,
     "--joint-epochs", 2, "--max-steps", 96, "--acp-steps", 10, "--log-every", 5, "--device", "cpu",
     "--precision", "float32", "--no-page", "--acp", "coarse+fine", "--input-dropout", 0,
-    "--input-jitter", 0)
+    "--input-jitter", 0, "--passes", 0)
 
 
 def generator(seed=0):

@@ -90,6 +90,26 @@ def test_noise_of_the_input_acts_in_training_alone(noise):
         assert torch.equal(*(detector(feats, mask).cls_logits for _ in range(2))) != training
 
 
+@torch.no_grad()
+def test_many_passes_are_the_mean_of_looks_with_noise_and_leave_the_rest_alone():
+    detector = small_detector(input_dropout=0.3, input_jitter=0.5).eval()
+    feats, mask = torch.randn(2, 16, 6), torch.ones(2, 16, dtype=torch.bool)
+    plain, passes = detector(feats, mask), inputs.Passes(detector, 4)
+    before = torch.get_rng_state()
+    found = [passes(feats, mask) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), before) and not detector.input.training
+    detector.input.train()
+    each = [detector(feats, mask).predictions() for _ in range(4)]
+    for one, again, looks, alone in zip(*(out.predictions() for out in found), zip(*each),
+                                        plain.predictions()):
+        assert torch.equal(one, again) and allclose(one, torch.stack(looks).mean(0), atol=1e-6)
+        assert not allclose(one, alone, atol=1e-3)
+    assert torch.equal(found[0].mask, plain.mask)
+    quiet = small_detector()
+    outputs = (network(feats, mask) for network in (inputs.Passes(quiet, 2), quiet))
+    assert allclose(*(out.cls_logits for out in outputs))
+
+
 def test_jitter_scales_and_moves_each_channel_of_a_video_as_a_whole():
     levels = torch.arange(3.0)[:, None].expand(40, 3, 50)
     b, of_1, of_2 = inputs.jittered(levels, 0.3).unbind(1)  # (40, 50) each

@@ -228,9 +228,10 @@ def test_a_checkpoint_of_an_older_version_goes_on_and_is_evaluated(trained):
     content = torch.load(path, weights_only=True)
     for name in ("rows", "trust"):
         del content[name]
-    for name in ("skip_columns", "fill_gaps", "input_jitter", "input_view"):
+    for name in ("skip_columns", "fill_gaps", "input_jitter", "input_view", "passes"):
         del content["settings"][name]
-    torch.save(content | {"settings": content["settings"] | {"icd_steps": 0}}, path)
+    former = content["settings"] | {"icd_steps": 0, "pseudo_weights": "raw"}
+    torch.save(content | {"settings": former}, path)
     (trained / "run/metrics.json").unlink()
     assert evaluated(*EVALUATE[1:]) == 0
     assert train.main(RESUME) == 0

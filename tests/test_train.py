@@ -160,7 +160,7 @@ def test_the_whole_run_writes_its_files_and_evaluates_the_same(whole, tmp_path, 
     assert {label["status"] for label in found} & {"kept", "mined"}
     rows = read_log(out)
     pulse = next(row for row in rows if "theta_h" in row)
-    assert {"positives", "candidates", "dropped", "mined", "silent", "class_accuracy",
+    assert {"positives", "candidates", "dropped", "mined", "class_accuracy",
             "mean_tIoU", "positive_accuracy", "precision", "recall"} <= set(pulse)
     for row in rows:
         assert "step" not in row or {"steps_a_second", "seconds_left", "loss"} <= set(row)
@@ -215,7 +215,7 @@ def test_class_without_labelled_instance_and_a_video_of_one_step(own, capsys):
     "--quality-form kl --icd eap --acp-after labelled+unlabelled",
     "--icd mpp --icd-pool max --refresh 1 --resize 40",
     "--icd-score absolute --theta-drop 0.3 --theta-mine 0.7 --rejected background",
-    "--pseudo-weights ema --weights raw --position --nms-agnostic",
+    "--weights raw --position --nms-agnostic",
     "--precision bfloat16"])
 def test_every_switch_trains_and_stays_finite(own, switches):
     more = ("--pretrain-epochs", 1, "--supervised-epochs", 1, "--joint-epochs", 2, "--theta-l", 0)
