@@ -37,14 +37,14 @@ import train
 from plumbing import forms
 from plumbing.files import write_json
 from plumbing.inputs import Input
-from plumbing.processes import process_count, sum_of_all
+from plumbing.processes import means_of_all
 from plumbing.runs import guard
 from plumbing.settings import Nothing, NotNegative, Parser, Width, parser_of
 from plumbing.sources import feature_files, whole_paths
 from plumbing.words import BadInput, say
 
 GROUPS = 4  # of the grouped convolutions [B]
-MOST_STEPS = 512  # of a window: the map has as many rows and columns
+MOST_STEPS = 512  # of a window: a map has as many rows and columns
 MARGIN_OF_BOUNDARY = 1.5  # steps to either side of a start or end that are its region [B]
 IS_BOUNDARY = 0.5  # share of a step in such a region from which it is positive [B]
 IS_ACTION = 0.9  # tIoU from which a pair is positive in the classification map [B]
@@ -425,13 +425,43 @@ def batch_losses(outputs, instances, s):
     if chosen.any() and s.alqa == "tiou+tnd":
         L_quality = alqa.bce(outputs.p_tnd[chosen], of["tND"][chosen]).mean()
     parts = {"cls": L_cls, "reg": L_reg, "quality": L_quality, "positives": chosen.sum()}
-    return {key: sum_of_all(part / process_count()) for key, part in parts.items()}
+    return means_of_all(parts)
 
 
 # ---- Settings -----------------------------------------------------------------------------------
 
+PUBLISHED = tuple(name for name in data.PRESETS if name != "toy")
+
+
+@dataclass(frozen=True)
+class OtherSettings(train.Settings):
+    """What the settings of the paper's other detectors share.
+
+    PRESET is what they change for all data, PRESETS for published ones, OWN for all others."""
+    since = "joint"
+    heading = "this detector's own"
+    passes: Nothing("pseudo labels are made of one look") = 0
+
+    FIRST = tuple(name for name in train.Settings.FIRST if name != "channels")
+
+    @classmethod
+    def preset(cls, dataset, paper=False):
+        """What --dataset changes, and --paper."""
+        usual = super().preset(dataset, paper) | {"passes": 0}
+        return usual | cls.PRESET | cls.PRESETS.get(dataset, cls.OWN)
+
+    def window(self):
+        """The steps W of a window."""
+        return self.resize or self.max_steps
+
+    def check_window(self):
+        """Raise BadInput where a window has too many steps."""
+        if self.window() > MOST_STEPS:
+            raise BadInput(f"a window of {self.window()} steps has too large a map: setting "
+                           f"max_steps, or resize, must be at most {MOST_STEPS}")
+
+
 PRESET = {  # beside those of data.PRESETS
-    "passes": 0,
     "theta_l": 0.02,  # a product of five numbers below 1 is small
     "min_score": 1e-4,
     "nms_sigma": 0.4,
@@ -449,7 +479,6 @@ OWN = {  # a user's own data: what two cores train in minutes
     "max_steps": 128,
     "supervised_steps": 800,
 }
-PUBLISHED = tuple(name for name in data.PRESETS if name != "toy")
 SHORTER = {"max_steps": 256}  # than ActionFormer's
 PRESETS = {
     "thumos": SHORTER,
@@ -468,11 +497,10 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Settings(train.Settings):
+class Settings(OtherSettings):
     """train.py's settings and BMN's; the defaults are the public BMN's."""
     since = "pretrain"
     heading = "this detector's own"
-    passes: Nothing("pseudo labels are made of one look") = 0
     hidden: Width("width C of the base") = 256
     map_wide: Width("width of a pair after the sampling layer") = 512
     map_width: Width("width of the map's convolutions") = 128
@@ -480,8 +508,8 @@ class Settings(train.Settings):
     points: Width("interpolated points that a sample is the mean of") = 3
     margin: NotNegative("what is sampled on either side, as a share of the pair") = 0.5
 
+    PRESET, OWN, PRESETS = PRESET, OWN, PRESETS
     TRAIN = EVALUATE = "python -m extras.bmn"
-    FIRST = tuple(name for name in train.Settings.FIRST if name != "channels")
     UNUSED = (  # of ActionFormer's network and of the losses of points
         "channels", "heads", "windows", "ranges", "stem", "drop_path", "position", "offset_bias",
         "quality_form", "soft_label", "beta", "label_smoothing", "focal_alpha", "focal_gamma",
@@ -491,18 +519,7 @@ class Settings(train.Settings):
         super().__post_init__()
         if self.hidden % GROUPS:
             raise BadInput(f"setting hidden, {self.hidden}, is no multiple of {GROUPS}")
-        if self.window() > MOST_STEPS:
-            raise BadInput(f"a window of {self.window()} steps has too many pairs: setting "
-                           f"max_steps, or resize, must be at most {MOST_STEPS}")
-
-    @classmethod
-    def preset(cls, dataset, paper=False):
-        """What --dataset changes, and --paper."""
-        return super().preset(dataset, paper) | PRESET | PRESETS.get(dataset, OWN)
-
-    def window(self):
-        """The steps W of a window."""
-        return self.resize or self.max_steps
+        self.check_window()
 
     def build(self, dim, num_classes):
         """The detector of these settings."""

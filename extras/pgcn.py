@@ -44,12 +44,11 @@ import alqa
 import data
 import icd
 import model
-import train
 from extras import bmn
 from plumbing import checks, forms, settings
 from plumbing.files import read_json
-from plumbing.processes import draws_of_batch, process_count, sum_of_all
-from plumbing.settings import Nothing, OneOf, ShareBelow1, Text, Width
+from plumbing.processes import draws_of_batch, means_of_all
+from plumbing.settings import OneOf, ShareBelow1, Text, Width
 from plumbing.words import BadInput, refuse, several, short
 
 CONTEXT = 0.5  # what is seen on either side, as a share of the proposal [P]
@@ -419,7 +418,7 @@ def batch_losses(outputs, instances, s):
         fields = [part[teach] for part in outputs[:-2]]
         parts = root_losses(Outputs(*fields, [], []), of, roots[teach], s)
     parts["positives"] = of["kinds"][:, 0].sum()
-    return {key: sum_of_all(part / process_count()) for key, part in parts.items()}
+    return means_of_all(parts)
 
 
 # ---- A look at the proposals of a run -----------------------------------------------------------
@@ -453,7 +452,6 @@ def odd_proposals(found, dataset, s):
 # ---- Settings -----------------------------------------------------------------------------------
 
 PRESET = {  # beside those of data.PRESETS
-    "passes": 0,
     "acp": "none",
     "acp_after": "none",
     "vote": 0.0,
@@ -483,11 +481,10 @@ class ProposalSettings(settings.CheckedSettings):
 
 
 @dataclass(frozen=True)
-class Settings(train.Settings, ProposalSettings):
+class Settings(bmn.OtherSettings, ProposalSettings):
     """train.py's settings and P-GCN's; the defaults are the public P-GCN's."""
     since = "pretrain"
     heading = "this detector's own"
-    passes: Nothing("pseudo labels are made of one look") = 0
     hidden: Width("hidden width of a graph") = 512
     pool: OneOf(("max", "mean"), "pooling of a proposal's features over time") = "max"
     graph_dropout: ShareBelow1("dropout of the hidden layer of a graph") = 0.7
@@ -495,8 +492,9 @@ class Settings(train.Settings, ProposalSettings):
     most: Width("proposals of a video, the best first [J]") = 300
     sets: Width("sets of 8 proposals that a video draws a step") = 1
 
+    PRESET, OWN, PRESETS = PRESET, OWN, dict.fromkeys(bmn.PUBLISHED, {})
     TRAIN = EVALUATE = "python -m extras.pgcn"
-    FIRST = ("proposals", *(name for name in train.Settings.FIRST if name != "channels"))
+    FIRST = ("proposals", *bmn.OtherSettings.FIRST)
     GIVEN = ("proposals",)
     UNUSED = (  # of ActionFormer's network and of the losses of points
         "channels", "heads", "windows", "ranges", "stem", "drop_path", "position", "offset_bias",
@@ -511,12 +509,6 @@ class Settings(train.Settings, ProposalSettings):
         if self.mixup:
             raise BadInput("setting mixup mixes the features of two videos, whose proposals lie "
                            "elsewhere: it must be 0")
-
-    @classmethod
-    def preset(cls, dataset, paper=False):
-        """What --dataset changes, and --paper."""
-        own = OWN if dataset not in bmn.PUBLISHED else {}
-        return super().preset(dataset, paper) | PRESET | own
 
     @cached_property
     def found(self):

@@ -37,8 +37,8 @@ import train
 from acp import ACP, rows_at, step_classes
 from extras import bmn
 from model import sinusoid, steps_inside
-from plumbing.processes import draws_of_batch, process_count, sum_of_all
-from plumbing.settings import Blocks, Nothing, OneOf, Share, Width
+from plumbing.processes import draws_of_batch, means_of_all
+from plumbing.settings import Blocks, OneOf, Share, Width
 from plumbing.words import BadInput
 
 HEADS = 4  # of the attention, each as wide as the input [P]
@@ -388,7 +388,7 @@ def batch_losses(outputs, instances, num_classes, s):
         "quality": feature_loss(x, outputs.inputs, inside) + L_contrast,
         "positives": action.sum(),
     }
-    return {key: sum_of_all(part / process_count()) for key, part in parts.items()}
+    return means_of_all(parts)
 
 
 # ---- Stage 1, SPOT's own pretext ----------------------------------------------------------------
@@ -435,7 +435,7 @@ def pretext_losses(detector, batch, s, generator):
         "order": F.cross_entropy(logits, (~swapped).long()),
         "feature": feature_loss(x, turned, mask),
     }
-    return {key: sum_of_all(part / process_count()) for key, part in parts.items()}
+    return means_of_all(parts)
 
 
 def pretext(run, rng):
@@ -462,7 +462,6 @@ def learn_from_maps(run, rng):
 # ---- Settings -----------------------------------------------------------------------------------
 
 PRESET = {  # beside those of data.PRESETS
-    "passes": 0,
     "acp_after": "none",  # ACP stands in the place of SPOT's pretext, in stage 1 alone
     "min_score": 1e-4,
     "nms_sigma": 0.4,
@@ -483,15 +482,13 @@ OWN = {  # a user's own data, with many actions a video
 PRESETS = bmn.PRESETS | {
     "activitynet": bmn.PRESETS["activitynet"] | {"position": False},
 }
-MOST_STEPS = 512  # of a window: a map has as many rows and columns
 
 
 @dataclass(frozen=True)
-class Settings(train.Settings):
+class Settings(bmn.OtherSettings):
     """train.py's settings and SPOT's."""
     since = "pretrain"
     heading = "this detector's own"
-    passes: Nothing("pseudo labels are made of one look") = 0
     acp: OneOf((*ACP, "pretext"), "contrasts of Eq. (11) in stage 1, or SPOT's own pretext; none "
                "leaves stage 1 out [S]") = "coarse+fine"
     acp_after: OneOf(("none", "labelled", "labelled+unlabelled"), "where L_acp goes on after stage "
@@ -506,8 +503,8 @@ class Settings(train.Settings):
     smooth: Blocks("steps to either side that detection averages classes and masks over [P: 0]") = 0
     around: Share("what is around a run and taken off its score, as a share of it [P: 0]") = 0.0
 
+    PRESET, OWN, PRESETS = PRESET, OWN, PRESETS
     TRAIN = EVALUATE = "python -m extras.spot"
-    FIRST = tuple(name for name in train.Settings.FIRST if name != "channels")
     UNUSED = (  # of ActionFormer's network and of the losses of points
         "channels", "heads", "windows", "ranges", "stem", "drop_path", "offset_bias",
         "input_jitter", "input_view", "tnd_bias", "eps", "quality_form", "soft_label", "beta",
@@ -515,23 +512,12 @@ class Settings(train.Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.window() > MOST_STEPS:
-            raise BadInput(f"a window of {self.window()} steps has too large a map: setting "
-                           f"max_steps, or resize, must be at most {MOST_STEPS}")
+        self.check_window()
         if self.acp == "pretext" and self.acp_after != "none":
             raise BadInput("setting acp_after: L_acp does not go on after another pretext than ACP")
         if self.pseudo == "maps" and "unlabelled" in self.acp_after.split("+"):
             raise BadInput("setting acp_after: L_acp of unlabelled videos needs instances, and "
                            "pseudo maps are none: --acp-after labelled, or --pseudo labels")
-
-    @classmethod
-    def preset(cls, dataset, paper=False):
-        """What --dataset changes, and --paper."""
-        return super().preset(dataset, paper) | PRESET | PRESETS.get(dataset, OWN)
-
-    def window(self):
-        """The steps W of a window."""
-        return self.resize or self.max_steps
 
     def build(self, dim, num_classes):
         """The detector of these settings."""

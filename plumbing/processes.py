@@ -53,6 +53,11 @@ def sum_of_all(x):
     return x + (whole - x.detach())
 
 
+def means_of_all(parts):
+    """The mean of each of {key: scalar} over all processes, whose gradients can be summed."""
+    return {key: sum_of_all(part / process_count()) for key, part in parts.items()}
+
+
 def rows_of_all(x):
     """The rows (b, ...) of all processes in the order of the whole batch, (b * number, ...).
 
