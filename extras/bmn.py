@@ -148,11 +148,12 @@ def windows_of(x, mask, W):
     A video's windows are the same beside a longer one: each begins half a window after the last,
     until one holds the video's end; zeros follow, and windows without a step.
     ->  (B, n, W, C), which of its steps are the video's (B, n, W), where windows begin (n,)"""
-    T, half = x.shape[1], W // 2
-    begin = torch.arange(0, max(T - W, 0) + half, half, device=x.device)
-    more = begin[-1] + W - T
+    T, half = x.shape[1], max(W // 2, 1)
+    first = range(0, max(T - W, 0) + half, half)
+    more = first[-1] + W - T
     x, mask = F.pad(x, (0, 0, 0, more)), F.pad(mask, (0, more))
-    windows, steps = (torch.stack([part[:, i:i + W] for i in begin], 1) for part in (x, mask))
+    windows, steps = (torch.stack([part[:, i:i + W] for i in first], 1) for part in (x, mask))
+    begin = torch.tensor(first, device=x.device)
     needed = (begin == 0) | (begin + W - half < mask.sum(1, keepdim=True))  # (B, n)
     return windows, steps & needed[..., None], begin
 
