@@ -1,10 +1,21 @@
 """How far a difference of mAP holds for other splits and other test videos: bootstrap intervals.
 
-extras/tables.py prints them. Not given in the paper.
+    python -m extras.intervals runs/a runs/b              a minus b, on the same test videos
+    python -m extras.intervals runs/a0,runs/a1 runs/b0,runs/b1    of two seeds
+    python -m extras.intervals a,a b,b c,c d,d            a minus b, c minus d, and their mean
+
+Not given in the paper; extras/tables.py prints it for its rows.
 """
+import statistics
+import sys
+from pathlib import Path
+
 import numpy as np
 
-from extras.analysis import paired, read_results, read_thresholds, rows_of_classes
+from extras.analysis import paired, read_object, read_results, read_thresholds, rows_of_classes
+from plumbing.runs import guard
+from plumbing.settings import Parser
+from plumbing.words import BadInput
 
 RESAMPLES = 1000
 MIDDLE = (2.5, 97.5)  # percentiles: 95 %
@@ -35,14 +46,23 @@ def average_mAPs(pairs, weights):
         return total / (classes * len(pairs.tious))
 
 
-def resampled(folders):
-    """Average mAP of a row's runs, each on the same RESAMPLES draws of test videos.
+def average_of(folder):
+    """The average mAP of a finished run."""
+    return read_object(folder / "metrics.json")["average_mAP"]
 
-    folders  of finished runs, one a seed, which share their test videos
+
+def resampled(folders):
+    """Average mAP of finished runs, each on the same RESAMPLES draws of test videos.
+
+    folders  one a seed, which share their test videos; raises BadInput if not
     ->       (S, R)"""
     averages = []
     for folder in folders:
         truth, predictions = read_results(folder)
+        if folder == folders[0]:
+            videos = list(truth)
+        if list(truth) != videos:
+            raise BadInput(f"{folder} and {folders[0]} have other test videos")
         pairs = paired(truth, predictions, read_thresholds(folder / "metrics.json"))
         drawn = np.random.default_rng(0).multinomial(
             len(truth), np.full(len(truth), 1 / len(truth)), size=RESAMPLES)  # (R, V)
@@ -50,14 +70,53 @@ def resampled(folders):
     return np.stack(averages)
 
 
-def interval(averages, others):
-    """The 95 % interval of the mean of averages - others, over seeds and test videos.
+def resampled_difference(averages, others):
+    """The mean of averages - others on each draw of test videos and seeds, with replacement.
 
-    Each resample draws seeds as well, both with replacement; a percentile bootstrap.
     averages, others  (S, R), as resampled() has them, of the same seeds
-    ->                its lower and upper end"""
+    ->                (R,)"""
     differences = averages - others
     seeds, resamples = differences.shape
-    drawn = np.random.default_rng(0).integers(seeds, size=(seeds, resamples))
-    means = np.take_along_axis(differences, drawn, axis=0).mean(0)
-    return np.nanpercentile(means, MIDDLE)
+    drawn = np.random.default_rng(1).integers(seeds, size=(seeds, resamples))
+    return np.take_along_axis(differences, drawn, axis=0).mean(0)
+
+
+def interval(values):
+    """The ends of the middle 95 % of resampled values (R,)."""
+    return np.nanpercentile(values, MIDDLE)
+
+
+def interval_text(difference, values):
+    """A difference and the interval of its resampled values, in percent."""
+    low, high = 100 * interval(values)
+    return f"{100 * difference:+.1f} ({low:.1f} to {high:.1f})"
+
+
+def compare(ones, others):
+    """By how much some runs are better than others of the same seeds: the mean, and (R,) values."""
+    if len(ones) != len(others):
+        raise BadInput(f"{len(ones)} runs are compared with {len(others)}: name a run of each seed "
+                       "on either side")
+    values = resampled_difference(*np.split(resampled([*ones, *others]), 2))
+    return statistics.mean(average_of(a) - average_of(b) for a, b in zip(ones, others)), values
+
+
+def main(argv=None):
+    """The command line; returns the exit code, 2 for bad input."""
+    with guard() as stop:
+        parser = Parser(description=__doc__.split("\n")[0])
+        parser.add_argument("runs", nargs="+", help="folders of runs, those of many seeds with "
+                            "commas: ones, others; ones, others of another data set; ...")
+        sides = [[Path(name) for name in side.split(",")] for side in parser.parse_args(argv).runs]
+        if len(sides) % 2:
+            raise BadInput("runs are compared in pairs: an even number of sides")
+        found = [compare(*pair) for pair in zip(sides[::2], sides[1::2])]
+        for side, (difference, values) in zip(sides[::2], found):
+            print(f"{side[0]}: {interval_text(difference, values)}")
+        differences, values = zip(*found)
+        print(f"mean: {interval_text(statistics.mean(differences), np.mean(values, 0))}")
+    return stop.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

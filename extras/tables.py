@@ -33,7 +33,7 @@ import icd
 import model
 import train
 from extras import bmn, pgcn, spot
-from extras.intervals import interval, resampled
+from extras.intervals import average_of, compare, interval
 from plumbing import checkpoints, sources
 from plumbing.arguments import settings_of
 from plumbing.files import read_json, read_rows, write_json
@@ -693,17 +693,12 @@ def detection_cells(folders, metrics, quality):
     return cells
 
 
-def average_of(folder):
-    """The average mAP of a finished run."""
-    return read_json(folder / "metrics.json", "metrics")["average_mAP"]
-
-
 def difference_cell(folders, first):
     """By how much runs are better than others of the same seeds: "mean ± deviation (a to b)"."""
     if folders == first:
         return "-"
     differences = [average_of(one) - average_of(other) for one, other in zip(folders, first)]
-    low, high = interval(resampled(folders), resampled(first))
+    low, high = interval(compare(folders, first)[1])
     return f"{spread(differences)} ({100 * low:.1f} to {100 * high:.1f})"
 
 

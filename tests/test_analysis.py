@@ -6,7 +6,8 @@ import pytest
 
 from evaluate import match, mean_average_precision, toolkits_tiou
 from extras import analysis
-from extras.intervals import MIDDLE, average_mAPs, interval
+from extras.intervals import MIDDLE, average_mAPs, interval, resampled_difference
+from extras.intervals import main as compare_runs
 from plumbing import forms
 from plumbing.forms import Annotation
 from tests.helpers import SHARED, needs_shared, read_result
@@ -467,10 +468,10 @@ def test_an_interval_holds_the_middle_of_resampled_seeds_and_videos():
     one, other = rng.normal(size=(2, 3, 1000))
     offsets = np.array([[0.0], [6.0], [12.0]])  # of the seeds: drawn, they spread the mean
     drawn = offsets[rng.integers(3, size=(3, 1000)), 0].mean(0)
-    low, high = interval(one + offsets, other)
+    low, high = interval(resampled_difference(one + offsets, other))
     assert [low, high] == pytest.approx(np.percentile(drawn, MIDDLE), abs=1)
-    assert interval(one + 7, one).tolist() == pytest.approx([7, 7])
-    assert interval(one[:1], other[:1]) == pytest.approx(
+    assert interval(resampled_difference(one + 7, one)).tolist() == pytest.approx([7, 7])
+    assert interval(resampled_difference(one[:1], other[:1])) == pytest.approx(
         np.percentile((one - other)[0], MIDDLE))  # one seed: the videos alone
 
 
@@ -507,6 +508,25 @@ def change(path, function):
     content = read_result(path)
     function(content)
     path.write_text(json.dumps(content))
+
+
+def test_runs_are_compared_seed_by_seed_and_data_set_by_data_set(folder, capsys):
+    for name, average in (("a", 0.75), ("b", 0.5), ("stranger", 0.5)):
+        (folder / name).mkdir()
+        for part in ("videos", "predictions"):
+            (folder / f"{name}/{part}.json").write_bytes((folder / f"{part}.json").read_bytes())
+        metrics = {"tiou": [0.5], "average_mAP": average}
+        (folder / f"{name}/metrics.json").write_text(json.dumps(metrics))
+    change(folder / "stranger/videos.json", lambda content: content.pop("w"))
+    a, b, stranger = (str(folder / name) for name in ("a", "b", "stranger"))
+    assert compare_runs([f"{a},{a}", f"{b},{b}", b, a, a, b]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{a}: +25.0 (0.0 to 0.0)", f"{b}: -25.0 (0.0 to 0.0)", f"{a}: +25.0 (0.0 to 0.0)",
+        "mean: +8.3 (0.0 to 0.0)"]
+    for argv, words in (([a, b, a], "even number"), ([f"{a},{a}", b], "2 runs"),
+                        ([a, stranger], "other test videos"), ([a, f"{b}x"], "not found")):
+        assert compare_runs(argv) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_a_run_and_files_give_the_same_numbers(folder, capsys):
