@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import evaluate
 import train
-from extras import bmn, fig4, spot, tables, viewer
+from extras import bmn, fig4, pgcn, spot, tables, viewer
 from plumbing import arguments, public
 from plumbing.listing import once
 from tests.helpers import (
@@ -466,6 +466,12 @@ def test_bad_settings_are_refused(own, capsys, more, word):
     assert main(*argv_of(own, *more)) == 2
     assert word in capsys.readouterr().err
     assert not (own / "run").exists()
+
+
+@pytest.mark.parametrize("kind", [bmn.Settings, pgcn.Settings, spot.Settings])
+def test_published_data_are_nobodys_own(kind):
+    own, published = (kind.preset(name).items() for name in ("my.json", "epic-noun"))
+    assert kind.OWN.items() <= own and not kind.OWN.items() & published
 
 
 def test_the_checkpoint_of_the_other_detector_is_refused(whole, capsys):
