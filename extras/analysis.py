@@ -613,11 +613,11 @@ def judge_pseudo_labels(folder, config, path):
     return pseudo_reliability(hidden, pseudo)
 
 
-def read_results(folder):
+def read_results(folder, videos):
     """The annotated test videos of a run and what it found in them; raises BadInput.
 
-    -> {video: Annotation}, {video: [{"label", "score", "segment"}]}"""
-    videos = read_videos(folder / "videos.json")
+    videos  as read_videos() has them
+    ->      {video: Annotation}, {video: [{"label", "score", "segment"}]}"""
     truth = {name: a for name, a in videos.items() if a.subset == "test" and a.annotated}
     if not truth:
         raise BadInput(f"{folder / 'videos.json'} has no test video with annotations")
@@ -629,8 +629,8 @@ def analyse_run(args):
     """analysis_of() the test videos of the run in a folder; raises BadInput."""
     folder = Path(args.run)
     config = read_object(folder / "config.json")
-    truth, predictions = read_results(folder)
     videos = read_videos(folder / "videos.json")
+    truth, predictions = read_results(folder, videos)
     labelled = {name: a for name, a in videos.items() if a.subset == "labelled"}
     tious = thresholds_of(args.tiou) if args.tiou else read_thresholds(folder / "metrics.json")
     edges = EDGES.get(args.bins or str(config.get("dataset")))

@@ -444,6 +444,9 @@ class OtherSettings(train.Settings):
     passes: Nothing("pseudo labels are made of one look") = 0
 
     FIRST = tuple(name for name in train.Settings.FIRST if name != "channels")
+    UNUSED = (  # of ActionFormer's network and of the losses of points
+        "channels", "heads", "windows", "ranges", "stem", "drop_path", "offset_bias", "soft_label",
+        "beta", "label_smoothing", "focal_alpha", "focal_gamma", "radius")
 
     @classmethod
     def preset(cls, dataset, paper=False):
@@ -460,6 +463,10 @@ class OtherSettings(train.Settings):
         if self.window() > MOST_STEPS:
             raise BadInput(f"a window of {self.window()} steps has too large a map: setting "
                            f"max_steps, or resize, must be at most {MOST_STEPS}")
+
+    def can_learn(self, detector, video, num_classes):
+        """Whether a LabelledVideo has an action."""
+        return len(video.labels) > 0
 
 
 PRESET = {  # beside those of data.PRESETS
@@ -511,10 +518,7 @@ class Settings(OtherSettings):
 
     PRESET, OWN, PRESETS = PRESET, OWN, PRESETS
     TRAIN = EVALUATE = "python -m extras.bmn"
-    UNUSED = (  # of ActionFormer's network and of the losses of points
-        "channels", "heads", "windows", "ranges", "stem", "drop_path", "position", "offset_bias",
-        "quality_form", "soft_label", "beta", "label_smoothing", "focal_alpha", "focal_gamma",
-        "radius")
+    UNUSED = (*OtherSettings.UNUSED, "position", "quality_form")
 
     def __post_init__(self):
         super().__post_init__()
@@ -529,10 +533,6 @@ class Settings(OtherSettings):
     def losses(self, outputs, instances, num_classes):
         """The losses of a batch: what alqa.alqa_losses() gives."""
         return batch_losses(outputs, instances, self)
-
-    def can_learn(self, detector, video, num_classes):
-        """Whether a pair of a LabelledVideo's windows is an action."""
-        return len(video.labels) > 0
 
 
 # ---- Proposals ----------------------------------------------------------------------------------

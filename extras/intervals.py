@@ -12,7 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from extras.analysis import paired, read_object, read_results, read_thresholds, rows_of_classes
+from extras.analysis import (
+    paired,
+    read_object,
+    read_results,
+    read_thresholds,
+    read_videos,
+    rows_of_classes,
+)
 from plumbing.runs import guard
 from plumbing.settings import Parser
 from plumbing.words import BadInput
@@ -58,7 +65,7 @@ def resampled(folders):
     ->       (S, R)"""
     averages = []
     for folder in folders:
-        truth, predictions = read_results(folder)
+        truth, predictions = read_results(folder, read_videos(folder / "videos.json"))
         if folder == folders[0]:
             videos = list(truth)
         if list(truth) != videos:

@@ -496,10 +496,7 @@ class Settings(bmn.OtherSettings, ProposalSettings):
     TRAIN = EVALUATE = "python -m extras.pgcn"
     FIRST = ("proposals", *bmn.OtherSettings.FIRST)
     GIVEN = ("proposals",)
-    UNUSED = (  # of ActionFormer's network and of the losses of points
-        "channels", "heads", "windows", "ranges", "stem", "drop_path", "position", "offset_bias",
-        "input_dropout", "input_jitter", "input_view", "soft_label", "beta", "label_smoothing",
-        "focal_alpha", "focal_gamma", "radius")
+    UNUSED = (*bmn.OtherSettings.UNUSED, "position", "input_dropout", "input_jitter", "input_view")
 
     def __post_init__(self):
         super().__post_init__()
@@ -560,10 +557,6 @@ class Settings(bmn.OtherSettings, ProposalSettings):
     def losses(self, outputs, instances, num_classes):
         """The losses of a batch: what alqa.alqa_losses() gives."""
         return batch_losses(outputs, instances, self)
-
-    def can_learn(self, detector, video, num_classes):
-        """Whether a LabelledVideo has an action; look() knows of its proposals."""
-        return len(video.labels) > 0
 
 
 # ---- The command line ---------------------------------------------------------------------------

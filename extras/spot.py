@@ -505,10 +505,8 @@ class Settings(bmn.OtherSettings):
 
     PRESET, OWN, PRESETS = PRESET, OWN, PRESETS
     TRAIN = EVALUATE = "python -m extras.spot"
-    UNUSED = (  # of ActionFormer's network and of the losses of points
-        "channels", "heads", "windows", "ranges", "stem", "drop_path", "offset_bias",
-        "input_jitter", "input_view", "tnd_bias", "eps", "quality_form", "soft_label", "beta",
-        "label_smoothing", "focal_alpha", "focal_gamma", "radius")
+    UNUSED = (*bmn.OtherSettings.UNUSED, "input_jitter", "input_view", "tnd_bias", "eps",
+              "quality_form")
 
     def __post_init__(self):
         super().__post_init__()

@@ -33,7 +33,7 @@ import icd
 import model
 import train
 from extras import bmn, pgcn, spot
-from extras.intervals import average_of, compare, interval
+from extras.intervals import interval, resampled, resampled_difference
 from plumbing import checkpoints, sources
 from plumbing.arguments import settings_of
 from plumbing.files import read_json, read_rows, write_json
@@ -693,12 +693,15 @@ def detection_cells(folders, metrics, quality):
     return cells
 
 
-def difference_cell(folders, first):
-    """By how much runs are better than others of the same seeds: "mean ± deviation (a to b)"."""
-    if folders == first:
+def difference_cell(measured, first):
+    """By how much runs are better than others of the same seeds: "mean ± deviation (a to b)".
+
+    measured, first  (folders, averages, (S, R) of resampled()) of a row's runs"""
+    (folders, averages, samples), (others, of_others, samples_of_others) = measured, first
+    if folders == others:
         return "-"
-    differences = [average_of(one) - average_of(other) for one, other in zip(folders, first)]
-    low, high = interval(compare(folders, first)[1])
+    differences = [one - other for one, other in zip(averages, of_others)]
+    low, high = interval(resampled_difference(samples, samples_of_others))
     return f"{spread(differences)} ({100 * low:.1f} to {100 * high:.1f})"
 
 
@@ -712,14 +715,16 @@ def split_stage(options):
 
 
 def row_of_metrics(name, paper, folders, quality, first):
-    """A row {column: cell} of finished runs, one a seed.
+    """A row {column: cell} of finished runs, one a seed, and what the next take for `first`.
 
-    first  the folders of the table's first row"""
+    first  the table's first row, as difference_cell() takes it; None: this is it"""
     metrics = [read_json(folder / "metrics.json", "metrics") for folder in folders]
     row = {"row": name, "paper, THUMOS14 10 %": "-" if paper is None else f"{paper}"}
     row |= detection_cells(folders, metrics, quality)
-    row["minus the first row"] = difference_cell(folders, first)
-    return row
+    measured = folders, [m["average_mAP"] for m in metrics], resampled(folders)
+    first = first or measured
+    row["minus the first row"] = difference_cell(measured, first)
+    return row, first
 
 
 def ceiling_rows(table, commands, runs):
@@ -730,8 +735,8 @@ def ceiling_rows(table, commands, runs):
             folders = reach_all(commands, [], "all", runs)
         else:
             folders = [reach_ceiling(options, corrected, runs) for options in commands]
-        first = first or folders
-        yield row_of_metrics(name, None, folders, MATCHES, first)
+        row, first = row_of_metrics(name, None, folders, MATCHES, first)
+        yield row
 
 
 def detection_rows(table, commands, runs):
@@ -741,8 +746,7 @@ def detection_rows(table, commands, runs):
     for name, paper, options in ROWS[table]:
         more, stage = split_stage(options)
         folders = reach_all(commands, more, stage, runs, kind_of(table))
-        first = first or folders
-        row = row_of_metrics(name, paper, folders, quality, first)
+        row, first = row_of_metrics(name, paper, folders, quality, first)
         if table == "3b":
             folders = reach_all(commands, more, "supervised", runs)
             found = [saved(f / "calibration.json", calibration, f) for f in folders]
