@@ -9,6 +9,7 @@ import torch
 
 import evaluate
 import train
+from extras import viewer
 from plumbing import forms, listing, public
 from plumbing.words import BadInput
 from tests import helpers
@@ -34,6 +35,23 @@ def assert_found(predicted, localize, path):
     assert labels == [d["label"] for d in predicted]
     assert scores.tolist() == pytest.approx([d["score"] for d in predicted], abs=1e-6)
     assert np.abs(segments - [d["segment"] for d in predicted]).max() < 1e-4
+
+
+def look_into(main, kind, whole, out):
+    """A user's run of another detector detects in a video as in its own test, and has a page.
+
+    -> what the run predicted in the video, and what the command found in it, written to `out`"""
+    run, video = whole / "run", whole / "features/v12.npy"
+    assert f"{kind.EVALUATE} --checkpoint" in (whole / "stdout").read_text()
+    predicted = read_result(run / "predictions.json")["results"]["v12"]
+    assert len(predicted) > 3
+    localize = evaluate.Localizer(run, kind=kind)
+    assert_found(predicted, lambda feats: localize(feats, name="v12"), video)
+    assert main("--checkpoint", run, "--features", video, "--min-score", 0, "--out", out) == 0
+    assert main("--checkpoint", run) == 0
+    assert viewer.main([str(run)]) == 0
+    assert (run / "page.html").stat().st_size > 10_000
+    return predicted, read_result(out)["results"]["v12"]
 
 
 def test_python_command_and_run_find_the_same_in_a_video(two, tmp_path, capsys):

@@ -14,7 +14,7 @@ import evaluate
 import icd
 import model
 import train
-from extras import bmn, pgcn, tables, viewer
+from extras import bmn, pgcn, tables
 from plumbing import arguments, public
 from tests.helpers import (
     ROOT,
@@ -28,7 +28,7 @@ from tests.helpers import (
     weights,
 )
 from tests.test_extras import table_argv
-from tests.test_people import assert_found
+from tests.test_people import look_into
 from tests.test_train import ENDS, STEP, stopped
 
 TINY = ("--hidden", 8)
@@ -465,18 +465,9 @@ def whole(tmp_path_factory):
 
 def test_a_run_its_page_and_a_new_video(whole, tmp_path, capsys):
     run, video = whole / "run", whole / "features/v12.npy"
-    assert "python -m extras.pgcn --checkpoint" in (whole / "stdout").read_text()
-    predicted = read_result(run / "predictions.json")["results"]["v12"]
-    assert len(predicted) > 3
     assert any(read_result(run / "pseudo_labels.json").values())
-    localize = evaluate.Localizer(run, kind=pgcn.Settings)
-    assert_found(predicted, lambda *args: localize(*args, name="v12"), video)
     found = tmp_path / "found.json"
-    assert main("--checkpoint", run, "--features", video, "--min-score", 0, "--out", found) == 0
-    assert read_result(found)["results"]["v12"]
-    assert main("--checkpoint", run) == 0
-    assert viewer.main([str(run)]) == 0
-    assert (run / "page.html").stat().st_size > 10_000
+    assert look_into(main, pgcn.Settings, whole, found)[1]
     new = tmp_path / "new.npy"
     new.write_bytes(video.read_bytes())
     capsys.readouterr()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import evaluate
 import train
-from extras import bmn, fig4, pgcn, spot, tables, viewer
+from extras import bmn, fig4, pgcn, spot, tables
 from plumbing import arguments, public
 from plumbing.listing import once
 from tests.helpers import (
@@ -26,7 +26,7 @@ from tests.helpers import (
     weights,
 )
 from tests.test_extras import table_argv
-from tests.test_people import assert_found
+from tests.test_people import look_into
 from tests.test_train import ENDS, STEP, stopped
 
 TINY = ("--mask-hidden", 8, "--max-steps", 40)
@@ -390,22 +390,14 @@ def whole(tmp_path_factory):
 
 
 def test_a_run_of_three_stages_its_page_and_a_new_video(whole, tmp_path):
-    run, video = whole / "run", whole / "features/v12.npy"
-    assert "python -m extras.spot --checkpoint" in (whole / "stdout").read_text()
+    run = whole / "run"
     log = read_log(run)
     assert {row["stage"] for row in log} == set(train.STAGES)
     assert {"mask", "order", "feature"} <= log[0].keys()
     assert "unsup_reg" in log[-1]
-    predicted = read_result(run / "predictions.json")["results"]["v12"]
-    assert len(predicted) > 3
-    assert_found(predicted, evaluate.Localizer(run, kind=spot.Settings), video)
-    found = tmp_path / "found.json"
-    assert main("--checkpoint", run, "--features", video, "--min-score", 0, "--out", found) == 0
-    assert len(read_result(found)["results"]["v12"]) == len(once(predicted))
-    assert main("--checkpoint", run) == 0
     assert read_result(fig4.write_representation(run))["after"]
-    assert viewer.main([str(run)]) == 0
-    assert (run / "page.html").stat().st_size > 10_000
+    predicted, found = look_into(main, spot.Settings, whole, tmp_path / "found.json")
+    assert len(found) == len(once(predicted))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
