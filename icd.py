@@ -159,15 +159,6 @@ def W_b_of(D, bank):
     return bank["W_b"] if "W_b" in bank else D.W_b(bank["feats"])
 
 
-def pair_loss(D, f, i, j, target):
-    """E BCE(D(f_i, f_j), target) over i (n,) and j (n, number) -> scalar; j = -1 is no pair."""
-    i, j = i[(j >= 0).all(1)], j[(j >= 0).all(1)]
-    logit = D.logit(D.W_a(f[i])[:, None], D.W_b(f[j]))  # (n, number)
-    targets = torch.full_like(logit, target)
-    BCE = F.binary_cross_entropy_with_logits(logit, targets, reduction="sum")
-    return BCE / max(logit.numel(), 1)
-
-
 def icd_loss(D, bank, batch, number, generator):
     """Eq. (8): L_icd = E_{i, j in F_i+} BCE(D(f_i, f_j), 1) + E_{i, j in F_i-} BCE(D(f_i, f_j), 0).
 
@@ -176,8 +167,13 @@ def icd_loss(D, bank, batch, number, generator):
     ->      scalar"""
     f = bank["feats"]
     i = torch.tensor(batch, dtype=torch.long)
-    F_pos, F_neg = sample_sets(bank, i, number, generator)
-    L_icd = pair_loss(D, f, i, F_pos, 1.0) + pair_loss(D, f, i, F_neg, 0.0)
+    j = torch.stack(sample_sets(bank, i, number, generator))  # of F_i+ and F_i- (2, n, number)
+    drawn, row = j.unique(return_inverse=True)  # each is multiplied once
+    logit = D.logit(D.W_a(f[i])[:, None], D.W_b(f[drawn])[row])  # (2, n, number)
+    BCE = torch.stack([F.softplus(-logit[0]), F.softplus(logit[1])])  # with 1 and with 0
+    pairs = (j >= 0).to(f.device)
+    E_pos, E_neg = (BCE * pairs).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
+    L_icd = E_pos + E_neg
     return L_icd
 
 

@@ -329,7 +329,7 @@ def begin(s, dataset):
     bank["feats"] = bank["feats"].to(s.device)
     return Run(
         s, dataset, detector, copy.deepcopy(detector).requires_grad_(False), discriminator,
-        torch.optim.Adam(discriminator.parameters(), lr=s.icd_lr), bank,
+        torch.optim.Adam(discriminator.parameters(), lr=s.icd_lr, fused=True), bank,
         t_plus=dict.fromkeys(("labelled", "unlabelled"), torch.tensor(s.t_plus, device=s.device)),
         plan=plan_of(s, dataset),
         at=runs.Progress("pretrain" if s.acp != "none" else "supervised"),
@@ -429,8 +429,8 @@ def supervised(run, rng):
 def detect_unlabelled(run):
     """Detections of the unlabelled videos {id: record}, without repeats (not in the paper)."""
     s = run.s
-    looks = Passes(reported(run), s.passes)
-    detections = evaluate.detect(looks, run.data.unlabelled, run.data, s)
+    detections = evaluate.detect(
+        Passes(reported(run), s.passes), run.data.unlabelled, run.data, s)
     exclusive = s.exclusive and not alqa.classes_share_segments(run.data.labelled, s.repeat)
     for name, record in detections.items():
         if s.rerank:
