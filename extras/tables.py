@@ -32,7 +32,7 @@ import evaluate
 import icd
 import model
 import train
-from extras import bmn, pgcn, spot
+from extras import bmn, mean_teacher, pgcn, spot
 from extras.intervals import interval, resampled, resampled_difference
 from plumbing import checkpoints, sources
 from plumbing.arguments import settings_of
@@ -106,6 +106,10 @@ ROWS = {
         ("NPL (BMN), reconstructed", 32.4,
          f"{PLAIN} {NO_ICD} --threshold frequency --rerank"),
         ("APL (BMN)", 33.3, WITH_ACP),
+    ],
+    "1-teacher": [
+        ("SSP (BMN), reconstructed", 25.8, f"{PLAIN} --teacher ssp"),
+        ("SSTAP (BMN), reconstructed", 27.0, f"{PLAIN} --teacher sstap"),
     ],
     "S8": [
         ("P-GCN, supervised only", 11.2, f"--stage supervised {PLAIN}"),
@@ -239,7 +243,8 @@ def minutes_of(folder):
 
 def kind_of(table):
     """The class of the settings of a table's rows, which build their detector."""
-    detectors = {"bmn": bmn.Settings, "S8": pgcn.Settings, "spot": spot.Settings}
+    detectors = {"bmn": bmn.Settings, "S8": pgcn.Settings, "spot": spot.Settings,
+                 "teacher": mean_teacher.Settings}
     return detectors.get(table.rpartition("-")[2], train.Settings)
 
 
