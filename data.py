@@ -425,8 +425,7 @@ def plan_batches(videos, s, steps, size, rng):
         order = np.argsort(length + s.length_noise * rng.normal(size=len(videos)))
         order = np.resize(order, max(len(order), size))
         starts = size * np.arange(count)
-        short = count * size - len(order)
-        starts[rng.integers(1, max(count, 2)):] -= short
+        starts[rng.integers(1, max(count, 2)):] -= count * size - len(order)
         for start in rng.permutation(starts):
             seeds = rng.integers(2 ** 63, size=size)
             batches.append(list(zip(order[start:start + size], seeds)))

@@ -409,7 +409,8 @@ def train_icd(run, batch):
 
     Every process does it all; with --icd none D refines nothing."""
     mine = [i for i, name in enumerate(run.bank["videos"]) if name in batch["ids"]]
-    L_icd = icd.icd_loss(run.discriminator, run.bank, mine, run.s.icd_pairs, run.generator)
+    with processes.one_draw(run.generator):
+        L_icd = icd.icd_loss(run.discriminator, run.bank, mine, run.s.icd_pairs, run.generator)
     run.icd_optimizer.zero_grad()
     L_icd.backward()
     run.icd_optimizer.step()

@@ -420,7 +420,8 @@ def batch_losses(outputs, instances, s):
     L_cls = L_cls + weighted_logistic(outputs.action, tIoU > IS_ACTION, use)
     L_cls = L_cls + class_loss(outputs.cls_logits[of_class], of["label"][of_class])
     chosen = drawn_pairs(tIoU, use)
-    L_reg = L_quality = outputs.p_tiou.sum() * 0
+    # Every branch has a gradient in every process, whose gradients are added up.
+    L_reg, L_quality = outputs.p_tiou.sum() * 0, outputs.p_tnd.sum() * 0
     if chosen.any():
         L_reg = OF_REGRESSION * F.mse_loss(outputs.p_tiou[chosen], tIoU[chosen])
     if chosen.any() and s.alqa == "tiou+tnd":

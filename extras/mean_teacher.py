@@ -5,16 +5,18 @@
     python -m extras.mean_teacher --checkpoint runs/my --features video.npy
 
 They stand in the place of APL's stage 3 and make no pseudo label. A teacher, whose weights are the
-averaged ones, sees an unlabelled video as it is; the student sees it disturbed and learns to
-predict the same, beside what the labelled videos teach:
+averaged ones, sees an unlabelled video as it is; the student sees it disturbed, with training's
+noise on its input too, and learns to predict the same, beside what the labelled videos teach:
 
-    SSP    steps are left out (masking)
+    SSP    steps are set to 0 (masking)
     SSTAP  channels are a step late or early (shift); and the video runs backwards (flip), for which
-           the teacher's predictions are turned round
+           the teacher's predictions are turned round [T leaves starts as starts]
 
-Reconstructed: SSP's time warping, SSTAP's two tasks without labels (features restored, clips put in
-order), its consistency of labelled videos and its choice of sure teachers are left out; stage 3
-begins at a detector that stage 2 has trained. The classes are taught by labelled videos alone.
+Reconstructed. Left out are SSP's time warping; SSTAP's two tasks without labels (features restored,
+clips put in order), its dropout of channels, its consistency and disturbances of labelled videos,
+its choice of sure teachers and the rounding of what they say. A map's difference is a mean over the
+pairs inside the video [T: over the whole map]. Stage 3 begins at a detector that stage 2 has
+trained. The classes are taught by labelled videos alone.
 
 Letters as in extras/bmn.py. [T] is the public SSTAP's, [J] neither that nor the paper's.
 """
@@ -41,9 +43,12 @@ RAMP = 5  # epochs until consistency has its whole weight [T]
 
 # ---- What the student sees ----------------------------------------------------------------------
 
-def masked(batch):
-    """A batch with random steps of its videos set to 0."""
-    kept = draws_of_batch(batch["mask"].shape) >= MASKED
+def masked(batch, most):
+    """A batch with random steps of its videos set to 0.
+
+    most  how many draws each video gets, at least T: the same ones whatever T is"""
+    kept = draws_of_batch((len(batch["mask"]), most)) >= MASKED
+    kept = kept[:, :batch["mask"].shape[1]]
     return batch | {"feats": batch["feats"] * kept[..., None]}
 
 
@@ -85,10 +90,10 @@ def turned(predictions, steps):
     steps  (B, W), which of the window's steps are the video's"""
     start, end, action, regression = predictions
     order = backwards(steps)
-    s, e = bmn.pairs_of(steps.shape[1]).to(steps.device)
-    place = torch.zeros(len(order[0]), len(order[0]), dtype=torch.long, device=steps.device)
-    place[s, e] = torch.arange(len(s), device=steps.device)
-    pair = place[order[:, e], order[:, s]]  # (B, P)
+    W = steps.shape[1]
+    s, e = bmn.pairs_of(W).to(steps.device)
+    first, last = order[:, e], order[:, s]
+    pair = first * (2 * W - 1 - first) // 2 + last  # its place among bmn.pairs_of(W), (B, P)
     return end.gather(1, order), start.gather(1, order), action.gather(1, pair), \
         regression.gather(1, pair)
 
@@ -99,10 +104,8 @@ def consistency(student, teacher, steps):
     steps  (B, W), which of the window's steps are the video's"""
     s, e = bmn.pairs_of(steps.shape[1]).to(steps.device)
     pairs = steps[:, s] & steps[:, e]
-    L_consistency = 0
-    for a, b, use in zip(student, teacher, (steps, steps, pairs, pairs)):
-        L_consistency = L_consistency + (a - b)[use].square().mean()
-    return L_consistency
+    parts = zip(student, teacher, (steps, steps, pairs, pairs))
+    return sum((a - b)[use].square().mean() for a, b, use in parts)
 
 
 def teacher_loss(run, batch):
@@ -116,7 +119,7 @@ def teacher_loss(run, batch):
         return said(evaluate.forward(run.detector, seen, run.s))
 
     if run.s.teacher == "ssp":
-        return consistency(student(masked(batch)), teacher, steps)
+        return consistency(student(masked(batch, run.s.window())), teacher, steps)
     L_shift = consistency(student(shifted(batch)), teacher, steps)
     L_flip = consistency(student(flipped(batch)), turned(teacher, steps), steps)
     return L_shift + OF_FLIP * L_flip
@@ -143,8 +146,9 @@ class Settings(bmn.Settings):
     teacher: OneOf(("ssp", "sstap"), "whose disturbances") = "sstap"
     consistency: NotNegative("weight of being consistent with the teacher [T]") = 6.0
 
+    PRESET = bmn.Settings.PRESET | {"alqa": "none", "acp": "none", "acp_after": "none"}
     TRAIN = EVALUATE = "python -m extras.mean_teacher"
-    UNUSED = (*bmn.Settings.UNUSED, "theta_l", "threshold", "theta_fixed", "scope", "repeat",
+    UNUSED = (*bmn.Settings.UNUSED, "theta_l", "threshold", "theta_fixed", "scope",
               "exclusive", "rerank", "icd", "theta_drop", "theta_mine", "rejected", "lambda_u",
               "refresh")
 

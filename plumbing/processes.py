@@ -2,6 +2,7 @@
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -91,6 +92,20 @@ def draws_of_batch(shape, device="cpu", generator=None):
     size, *rest = shape
     draws = torch.rand(size * process_count(), *rest, device=device, generator=generator)
     return share_of(draws)
+
+
+@contextmanager
+def one_draw(generator=None, apart=False):
+    """However many numbers torch draws within, one is drawn of `generator`, which seeds them.
+
+    So processes stay in step that draw for videos of other lengths.
+    generator  None: torch's own
+    apart      each process gets its own numbers within, not the same ones"""
+    seed = int(torch.randint(2 ** 62, (), generator=generator))
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed + apart * process_rank())
+        yield
 
 
 def sum_gradients(network):

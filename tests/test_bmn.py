@@ -223,6 +223,8 @@ def test_losses_without_instances_or_with_everything_rejected_are_finite():
         loss.backward()
         gradients = [p.grad for p in detector.parameters() if p.grad is not None]
         assert all(gradient.isfinite().all() for gradient in gradients)
+        # As without a pair in one process alone: sum_gradients() adds up those of all.
+        assert detector.tnd.weight.grad is not None
     assert parts["cls"].item() == 0
     assert len(evaluate.suppress(outputs_of(s, []), s)[0]["scores"]) == 0
 

@@ -110,6 +110,17 @@ def test_many_passes_are_the_mean_of_looks_with_noise_and_leave_the_rest_alone()
     assert allclose(*(out.cls_logits for out in outputs))
 
 
+def test_the_input_draws_as_much_for_short_videos_as_for_long_ones():
+    noise = small_detector(input_dropout=0.5, input_jitter=0.5).input.train()
+    kept = set()
+    for T in (3, 40):
+        torch.manual_seed(0)
+        seen = noise(torch.ones(2, T, 6), torch.ones(2, T).bool())
+        kept.add(float(torch.rand(())))
+        assert 0 < (seen == 0).sum() < seen.numel()
+    assert len(kept) == 1  # so processes with videos of other lengths stay in step
+
+
 def test_jitter_scales_and_moves_each_channel_of_a_video_as_a_whole():
     levels = torch.arange(3.0)[:, None].expand(40, 3, 50)
     b, of_1, of_2 = inputs.jittered(levels, 0.3).unbind(1)  # (40, 50) each

@@ -411,6 +411,18 @@ def test_a_signal_to_one_of_two_processes_ends_both_with_one_sentence(own, numbe
     assert train.main(["--resume", str(own / "run"), "--check"]) == 2  # of two processes
 
 
+def test_the_discriminator_learns_the_same_whatever_a_process_has_drawn(run):
+    run.discriminator.train()
+    batch = {"ids": run.bank["videos"]}
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        run.generator.manual_seed(7)
+        found.append(float(train.train_icd(run, batch).detach()))
+        run.discriminator.load_state_dict(train.begin(run.s, run.data).discriminator.state_dict())
+    assert found[0] == found[1]
+
+
 def test_two_processes_with_half_the_batch_follow_one(own):
     more = ("--theta-l", 0.0, "--log-every", 1, "--drop-path", 0.1,
             "--acp-after", "labelled+unlabelled", "--ratio", 0.5)
