@@ -532,7 +532,7 @@ class Settings(OtherSettings):
         return Detector(dim, num_classes, self)
 
     def losses(self, outputs, instances, num_classes):
-        """The losses of a batch: what alqa.alqa_losses() gives."""
+        """The losses of a batch: what alqa.alqa_losses() gives, but means."""
         return batch_losses(outputs, instances, self)
 
 

@@ -22,9 +22,13 @@ that has seen more labels brings them in. But a detector knows its own labelled 
 There, where P-GCN learns what a whole action is, its proposals are better and few are wrong, so
 that completeness and P_tiou come out too sure.
 
-Other than in the public code the ground truth is no proposal; completeness is made a probability
-by a sigmoid; a proposal is regressed before suppression, as an action of its best class; the
-neighbours in detection are fixed, as is the spread of the offsets; there is one stream of features.
+Other than in the public code the ground truth is no proposal; lengths are continuous, not of
+inclusive frames, and a segment is pooled over the steps inside it; completeness is made a
+probability by a sigmoid; a proposal is regressed before suppression, which is soft, as an action of
+its best class; the neighbours in detection are fixed, as is the spread of the offsets, around 0; an
+action that stands for a part that is not there counts as whole; a feature of zeros has a cosine of
+0; AdamW with cosine decay trains; there is one stream of features. Its numbers below are those for
+THUMOS14.
 
 Letters as in model.py, P being the proposals of a video, each the root of its own graph. [P] is
 the public P-GCN's, [J] neither that nor the paper's.
@@ -52,7 +56,7 @@ from plumbing.settings import OneOf, ShareBelow1, Text, Width
 from plumbing.words import BadInput, refuse, several, short
 
 CONTEXT = 0.5  # what is seen on either side, as a share of the proposal [P]
-IS_NEAR = 0.7  # tIoU over which two proposals are neighbours that overlap [P]
+IS_OVERLAPPING = 0.7  # tIoU over which two proposals are neighbours that overlap [P]
 OVERLAPPING, APART = 8, 2  # candidates of either kind that a node draws its neighbours from [P]
 NEIGHBOURS = 4  # of a node [P]
 TAKEN = (0, 1, 2, OVERLAPPING)  # the candidates that detection takes [J]
@@ -61,7 +65,7 @@ MOST_LONGER = 3.0  # log of how many times longer or shorter regression makes a 
 
 IS_ACTION = 0.7  # tIoU over which a proposal is an action [P]
 IS_PART, LEAST_INSIDE = 0.3, 0.01  # tIoU below and share inside over which it is a part of one [P]
-IS_BACKGROUND, SHORTEST = 0.01, 0.02  # tIoU below and share of the video over which it is none [P]
+IS_BACKGROUND, SHORTEST = 0.01, 0.02  # tIoU below and share of the crop over which it is none [P]
 IS_REJECTED = 0.5  # share inside a rejected segment over which it is neither of the two [J]
 ROOTS = (1, 6, 1)  # actions, parts and background of a set of roots [P]
 HARDEST = 0.17  # share of the parts of a set that teaches completeness [P]
@@ -111,26 +115,26 @@ def candidates(proposals, mask):
     tIoU, tND = model.tiou(one, other), model.tnd(one, other)  # (B, P, P)
     itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
     others = mask[:, None] & ~itself
-    overlapping = best_others(tIoU, others & (tIoU > IS_NEAR), OVERLAPPING)
+    overlapping = best_others(tIoU, others & (tIoU > IS_OVERLAPPING), OVERLAPPING)
     apart = best_others(-tND, others & (tIoU <= 0) & (tND > 0), APART)
     return torch.cat([overlapping, apart], -1)
 
 
-def chosen_neighbours(pool, training, most):
+def chosen_neighbours(choices, training, most):
     """The neighbours of nodes and, for each, those of these neighbours: (B, P, 5, NEIGHBOURS).
 
     Row 0 are a root's own, row i those of its i-th neighbour. In training each row is drawn, in
     detection all are those TAKEN.
-    pool  (B, P, candidates), as candidates() has them
-    most  how many draws each video gets, at least P: the same ones whatever P is"""
-    B, P, number = pool.shape
-    order = pool.new_tensor(TAKEN).expand(B, P, NEIGHBOURS + 1, NEIGHBOURS)
+    choices  (B, P, number), as candidates() has them
+    most     how many draws each video gets, at least P: the same ones whatever P is"""
+    B, P, number = choices.shape
+    places = choices.new_tensor(TAKEN).expand(B, P, NEIGHBOURS + 1, NEIGHBOURS)
     if training:
-        draws = draws_of_batch((B, most, NEIGHBOURS + 1, number), pool.device)[:, :P]
-        order = draws.argsort(-1)[..., :NEIGHBOURS]
-    of_root = pool.gather(2, order[:, :, 0])  # (B, P, 4)
-    theirs = acp.rows_at(pool, of_root.flatten(1)).unflatten(1, (P, NEIGHBOURS))
-    theirs = theirs.gather(3, order[:, :, 1:])  # (B, P, 4, 4)
+        draws = draws_of_batch((B, most, NEIGHBOURS + 1, number), choices.device)[:, :P]
+        places = draws.argsort(-1)[..., :NEIGHBOURS]  # among the choices, (B, P, 5, 4)
+    of_root = choices.gather(2, places[:, :, 0])  # (B, P, 4)
+    theirs = acp.rows_at(choices, of_root.flatten(1)).unflatten(1, (P, NEIGHBOURS))
+    theirs = theirs.gather(3, places[:, :, 1:])  # of the choices of each neighbour, (B, P, 4, 4)
     return torch.cat([of_root[:, :, None], theirs], 2)
 
 
@@ -140,7 +144,7 @@ def edges(x, nodes):
     1 for itself, relu(cosine) / 4 for its neighbours."""
     x = F.normalize(x, dim=-1)
     cosine = F.relu(x @ x.transpose(1, 2)).flatten(1)  # (B, P * P)
-    pairs = nodes[..., :1] * x.shape[1] + nodes
+    pairs = nodes[..., :1] * x.shape[1] + nodes  # where (first of a row, node) is in the P * P
     weight = cosine.gather(1, pairs.flatten(1)).view_as(nodes) / NEIGHBOURS
     return torch.cat([torch.ones_like(weight[..., :1]), weight[..., 1:]], -1)
 
@@ -180,6 +184,7 @@ class Graph(nn.Module):
         weight = edges(x, nodes)
         rows = (x @ self.gc1.weight).flatten(0, 1)  # of all videos: those of a video begin at b * P
         index = nodes + P * torch.arange(B, device=x.device)[:, None, None, None]
+        # A x W1: each bag adds up the five nodes of a row.
         sums = F.embedding_bag(index.flatten(0, 2), rows, mode="sum",
                                per_sample_weights=weight.flatten(0, 2))
         h = F.relu(sums + self.gc1.bias).view(B, P, NEIGHBOURS + 1, -1)
@@ -256,7 +261,8 @@ class Detector(nn.Module):
 
     def pyramid(self, feats, mask, proposals=()):
         """The first layer of single steps, the one level that ACP contrasts: [(B, T, C)], [(B, T)].
-        """
+
+        proposals  not used: Settings.apply() gives them to the whole network and to this alike"""
         return [self.Act_GCN.single(feats) * mask[..., None]], [mask]
 
     def quality(self, h):
@@ -281,8 +287,8 @@ class Detector(nn.Module):
         around, exist = padded(seen)  # (B, P, 3 * D)
         inside = around.chunk(3, -1)[1]
         segments, _ = padded(proposals)
-        pool = candidates(segments, exist)
-        neighbours = chosen_neighbours(pool, self.training, self.most)
+        choices = candidates(segments, exist)
+        neighbours = chosen_neighbours(choices, self.training, self.most)
         with torch.autocast(feats.device.type, enabled=False):
             predicted = self.heads(
                 self.Act_GCN(inside, neighbours), self.Comp_GCN(around, neighbours))
@@ -306,7 +312,8 @@ def targets(proposals, mask, record, steps):
     -> "truth" (P, 2) and "label" (P,), the instance that each overlaps most, 0 without one, and
        "kinds" (3, P) bool: which are actions, parts of one, background"""
     segments = record["segments"].float()
-    tIoU, best = F.pad(model.tiou(proposals[:, None], segments), (0, 1)).max(1)  # one more: 0
+    # One instance more, with a tIoU of 0, for a video without any.
+    tIoU, best = F.pad(model.tiou(proposals[:, None], segments), (0, 1)).max(1)
     truth = F.pad(segments, (0, 0, 0, 1))[best]
     rejected = share_inside(proposals[:, None], record["rejected"]) > IS_REJECTED
     sure = mask & ~rejected.any(1)
@@ -336,9 +343,9 @@ def draw_roots(kinds, sets):
     action = kinds[:, 0]
     draws = draws_of_batch((len(kinds), sets, sum(ROOTS)), kinds.device)
     roots = []
-    for of_kind, part in zip(kinds.unbind(1), draws.split(ROOTS, 2)):
+    for of_kind, draw in zip(kinds.unbind(1), draws.split(ROOTS, 2)):
         members = torch.where(of_kind.any(1, keepdim=True), of_kind, action)
-        roots.append(drawn(members, part.flatten(1)).view(part.shape))
+        roots.append(drawn(members, draw.flatten(1)).view(draw.shape))
     return torch.cat(roots, 2)
 
 
@@ -351,9 +358,9 @@ def completeness_loss(scores, whole):
     ->             scalar"""
     of_whole = F.relu(1 - scores[whole]).sum()
     of_part = torch.where(whole, 0, F.relu(1 + scores))
-    hardest = of_part.topk(int(ROOTS[1] * HARDEST), 1).values.sum()
-    parts = int(HARDEST * int((~whole).sum()))
-    return (of_whole + hardest) / (whole.sum() + max(parts, 1))
+    hardest = of_part.topk(int(ROOTS[1] * HARDEST), 1).values.sum()  # of each set
+    parts = max(int(HARDEST * int((~whole).sum())), 1)  # of all sets
+    return (of_whole + hardest) / (whole.sum() + parts)
 
 
 def offset_target(proposals, truth):
@@ -368,16 +375,14 @@ def regression_loss(offsets, target):
     return 2 * F.smooth_l1_loss(offsets, target)
 
 
-def root_losses(outputs, of, roots, s):
+def root_losses(outputs, of, video, roots, s):
     """The losses of drawn roots: "cls", of activity and completeness, "reg", "quality", scalars.
 
     of     {"truth", "label", "kinds"} of all proposals, stacked
-    roots  (B, sets, 8)"""
-    video = torch.arange(len(roots), device=roots.device)[:, None, None]
+    video  (n, 1, 1), the videos of the batch that teach; roots (n, sets, 8), drawn for them"""
     label, truth = of["label"][video, roots], of["truth"][video, roots]
-    action = of["kinds"][:, 0][video, roots]  # (B, sets, 8)
-    part = of["kinds"][:, 1][video, roots]
-    of_activity = action | of["kinds"][:, 2][video, roots]
+    action, part, background = (kind[video, roots] for kind in of["kinds"].unbind(1))
+    of_activity = action | background
     class_or_none = torch.where(action, label + 1, 0)
     L_activity = F.cross_entropy(
         outputs.activity[video, roots][of_activity], class_or_none[of_activity])
@@ -389,7 +394,7 @@ def root_losses(outputs, of, roots, s):
     proposals = outputs.proposals[video, roots]
     spread = offsets.new_tensor(SPREAD)
     goal = offset_target(proposals[action], truth[action])
-    L_reg = regression_loss(offsets[action] / spread, goal / spread)
+    L_reg = regression_loss(offsets[action] / spread, goal / spread)  # in units of the spread
     L_quality = L_reg * 0
     if s.alqa != "none":
         of_quality = action | part
@@ -411,12 +416,12 @@ def batch_losses(outputs, instances, s):
     of = {key: torch.stack([target[key] for target in each]) for key in each[0]}
     roots = draw_roots(of["kinds"], s.sets)  # of all videos: the draws are those of the batch
     teach = of["kinds"][:, 0].any(1)
+    # Each head has a gradient in every process, whose gradients are added up.
     nothing = sum(part.sum() for part in outputs.predictions()) * 0
     parts = dict.fromkeys(("cls", "reg", "quality"), nothing)
     if teach.any():
-        of = data.take(of, teach)
-        fields = [part[teach] for part in outputs[:-2]]
-        parts = root_losses(Outputs(*fields, [], []), of, roots[teach], s)
+        video = teach.nonzero()[..., None]
+        parts = root_losses(outputs, of, video, roots[teach], s)
     parts["positives"] = of["kinds"][:, 0].sum()
     return means_of_all(parts)
 
@@ -482,7 +487,9 @@ class ProposalSettings(settings.CheckedSettings):
 
 @dataclass(frozen=True)
 class Settings(bmn.OtherSettings, ProposalSettings):
-    """train.py's settings and P-GCN's; the defaults are the public P-GCN's."""
+    """train.py's settings and P-GCN's; the defaults are the public P-GCN's.
+
+    plumbing/settings.py says what FIRST, GIVEN and UNUSED are."""
     since = "pretrain"
     heading = "this detector's own"
     hidden: Width("hidden width of a graph") = 512
@@ -518,10 +525,10 @@ class Settings(bmn.OtherSettings, ProposalSettings):
         found = self.found.get(video.id, self.found.get(f"v_{video.id}"))
         if found is None:
             raise BadInput(f"{where} it has no proposals; --proposals FILE names another file")
-        a = replace(forms.unknown_video(None, None), segments=found)
+        annotation = replace(forms.unknown_video(None, None), segments=found)
         if self.bad_segments == "error":
-            checks.check_segments(a, video, where)
-        found = found[forms.good_segments(a, video.duration)].clip(0, video.duration)
+            checks.check_segments(annotation, video, where)
+        found = found[forms.good_segments(annotation, video.duration)].clip(0, video.duration)
         return torch.from_numpy(video.grid.to_grid(found[:self.most])).float()
 
     def apply(self, network, batch):
@@ -555,7 +562,7 @@ class Settings(bmn.OtherSettings, ProposalSettings):
         return Detector(dim, num_classes, self)
 
     def losses(self, outputs, instances, num_classes):
-        """The losses of a batch: what alqa.alqa_losses() gives."""
+        """The losses of a batch: what alqa.alqa_losses() gives, but means."""
         return batch_losses(outputs, instances, self)
 
 

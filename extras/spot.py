@@ -527,7 +527,7 @@ class Settings(bmn.OtherSettings):
         return own | ({"joint": learn_from_maps} if self.pseudo == "maps" else {})
 
     def losses(self, outputs, instances, num_classes):
-        """The losses of a batch: what alqa.alqa_losses() gives."""
+        """The losses of a batch: what alqa.alqa_losses() gives, but means."""
         return batch_losses(outputs, instances, num_classes, self)
 
     def can_learn(self, detector, video, num_classes):
