@@ -10,14 +10,19 @@ window is of the action that step i is in. Detections are the runs of steps that
 holds above some levels. There is no P_tiou and no P_tnd; the joint score is the class score.
 
 Stage 1 is ACP on the embedding, or SPOT's own pretext (--acp pretext): the mask of two spans of a
-video whose other steps are erased, and whether its halves were swapped. In stage 3 an unlabelled
-video teaches by the classes and masks that the detector itself gives it, made anew at each step
-(--pseudo maps), or by the pseudo labels of train.py (--pseudo labels).
+video whose other steps are erased, whether its halves were swapped, and an embedding near its
+input. In stage 3 an unlabelled video teaches by the classes and masks that the detector gives it in
+the same step of training (--pseudo maps), or by the pseudo labels of train.py (--pseudo labels).
 
-Other than in the public code all instances of a video teach, by every step inside; a detection is
-one run, not all from the first to the last, and of any class; its score is the mean of the class,
-if asked less that around it, times the mean of the row; the losses of unlabelled videos reach the
-gradient; the snippets that are contrasted are steps, not channels, and targets say which are hard.
+Other than in the public code
+- all instances of a video teach, by every step inside; of a pseudo map the sure steps alone;
+- every step has runs, of any length; [P] those of the ten best, over 0.02 of the window;
+- a detection is one run, not all from the first to the last, and of any class;
+- its score is the mean of its class, times the mean of its row [P: maxima]; with the setting
+  around, the mean of its class around it is taken off; no classifier of whole videos is asked;
+- the losses of unlabelled videos reach the gradient;
+- the snippets that are contrasted are steps, not channels; which are hard the targets say;
+- AdamW with cosine decay trains, the input's dropout helps, Soft-NMS is the core's.
 
 A video longer than a window is seen in half-overlapping windows. Letters as in model.py, and n
 windows of W steps of a video, P detections before suppression. [P] is the public SPOT's, [J]
@@ -50,8 +55,9 @@ OF_BCE, OF_DICE = 0.4, 0.6  # weights of the two mask losses [P]
 SMOOTH = 10  # pairs of steps that are added to either kind in the weights of the mask loss [P]
 TAU = 0.07  # temperature of the contrast of snippets [P]
 HARD = 2  # steps to either side of a boundary that are hard to tell [J; P: by a morphology]
-MASK_LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8)  # over which a run of a mask's row is a detection [P]
-CLASS_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # over which a run of a class is [P]
+# Over which a run of a mask's row is a detection (0: the whole video), and a run of a class [P].
+MASK_LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8)
+CLASS_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 # ---- Detections from classes and masks ----------------------------------------------------------
@@ -69,11 +75,15 @@ def runs(over):
     return first, last
 
 
-def smoothed(x, reach):
-    """x (..., W) with each step the mean of those at most `reach` away."""
-    rows = x.reshape(1, -1, x.shape[-1])
-    means = F.avg_pool1d(rows, 2 * reach + 1, 1, reach, count_include_pad=False)
-    return means.reshape(x.shape)
+def smoothed(x, inside, reach):
+    """x (..., W) with each step the mean of those at most `reach` away that are the video's.
+
+    inside  (..., W), which are; 0 elsewhere"""
+    def means(y):
+        rows = y.reshape(1, -1, y.shape[-1])
+        return F.avg_pool1d(rows, 2 * reach + 1, 1, reach).reshape(y.shape)
+
+    return means(x * inside) / means(inside.float()).clamp(min=1e-6) * inside
 
 
 def sums_of(running, first, end):
@@ -95,10 +105,10 @@ def class_scores(running, first, end, around, steps):
     length = end - first
     margin = (around * length).ceil().long().clamp(min=0)
     start, stop = (first - margin).clamp(min=0), torch.minimum(end + margin, steps)
-    inside = sums_of(running, first, end)
-    outside = sums_of(running, start, stop) - inside
+    in_run = sums_of(running, first, end)
+    around_it = sums_of(running, start, stop) - in_run
     count = (stop - start - length).clamp(min=1)
-    return (inside / length.clamp(min=1)[..., None] - outside / count[..., None]).clamp(min=0)
+    return (in_run / length.clamp(min=1)[..., None] - around_it / count[..., None]).clamp(min=0)
 
 
 class Found(NamedTuple):
@@ -109,7 +119,7 @@ class Found(NamedTuple):
 
 
 def cut_off(first, end, begin, inside):
-    """Which runs first .. end - 1, (B, n, W), a window cuts to less than half of its length.
+    """Which runs first .. end - 1, (B, n, W), a window cuts and are shorter than half of it.
 
     Each of these lies in the window before or behind as well, which holds more of it.
     begin, inside  as find() has them"""
@@ -127,11 +137,11 @@ def find(p, maps, inside, begin, s):
     inside  (B, n, W), which steps are the video's
     begin   (n,), where the windows begin
     ->      Found, the runs of a window together"""
-    p = smoothed((p * inside[..., None]).transpose(2, 3), s.smooth) * inside[:, :, None]
-    maps = smoothed(maps, s.smooth) * inside[:, :, None]
+    p = smoothed(p.transpose(2, 3), inside[:, :, None], s.smooth)  # (B, n, K, W)
+    maps = smoothed(maps, inside[:, :, None], s.smooth)
     best_rows = torch.take_along_dim(p, p.argmax(2)[..., None], 2)  # row i: step i's best class
-    running = F.pad(p.transpose(2, 3).cumsum(2), (0, 0, 1, 0))
-    running_maps = F.pad(maps.cumsum(3), (1, 0))
+    running = F.pad(p.transpose(2, 3).cumsum(2), (0, 0, 1, 0))  # (B, n, W + 1, K)
+    running_maps = F.pad(maps.cumsum(3), (1, 0))  # (B, n, W, W + 1)
     steps = inside.sum(2)[..., None]  # (B, n, 1)
     parts = []
     for rows, levels in ((maps, MASK_LEVELS), (best_rows, CLASS_LEVELS)):
@@ -368,10 +378,10 @@ def contrast(x, action, background):
 def batch_losses(outputs, instances, num_classes, s):
     """The losses of a batch: of the classes, of the masks, of the embedding.
 
-    instances  B records {"segments", "labels", "rejected"}, or of videos that teach by what the
-               detector says of them B empty ones
+    instances  B records {"segments", "labels", "rejected"}, or B empty dicts, for which
+               pseudo_maps() makes the targets
     ->         {"cls", "reg" (masks), "quality" (embedding), "positives", the steps in actions},
-               scalars that are finite without an instance"""
+               named as train.objective() has them; scalars that are finite without an instance"""
     logits, maps, inside = outputs.logits[:, 0], outputs.maps[:, 0], outputs.steps[:, 0]
     if instances[0]:  # not {}, which has no segments
         each = [targets(record, inside.shape[1], num_classes) for record in instances]

@@ -203,9 +203,11 @@ def test_runs_and_means_are_loops():
             rest = x[b, around].sum(0) / max(len(around), 1)
             expected = (x[b, group].mean(0) - rest).clamp(min=0)
             assert torch.allclose(scores[b, i], expected, atol=1e-5)
-    means = spot.smoothed(x.transpose(1, 2), 2)[1, 2]
-    expected = [x[1, max(t - 2, 0):t + 3, 2].mean() for t in range(9)]
-    assert torch.allclose(means, torch.stack(expected))
+    inside = torch.arange(9) < steps[..., None]  # (2, 1, 9)
+    means = spot.smoothed(x.transpose(1, 2), inside, 2)
+    for b, t in itertools.product(range(2), range(9)):
+        expected = x[b, max(t - 2, 0):min(t + 3, 9 - b)].mean(0) * inside[b, 0, t]
+        assert torch.allclose(means[b, :, t], expected)
 
 
 def test_targets_are_a_double_loop_over_steps():
