@@ -187,6 +187,7 @@ ROWS = {
         ("one look", None, f"{NO_ACP} --passes 0"),
         ("drop below -0.4", None, f"{NO_ACP} --theta-drop -0.4"),
         ("made anew once", None, f"{NO_ACP} --refresh 5"),
+        ("stage 3 twice as long", None, f"{NO_ACP} --joint-epochs 20"),
     ],
     "open": [("the defaults", None, ""), *((option, None, option) for option in OPEN)],
 }
