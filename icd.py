@@ -170,7 +170,7 @@ def icd_loss(D, bank, batch, number, generator):
     j = torch.stack(sample_sets(bank, i, number, generator))  # of F_i+ and F_i- (2, n, number)
     drawn, row = j.unique(return_inverse=True)  # each is multiplied once
     logit = D.logit(D.W_a(f[i])[:, None], D.W_b(f[drawn])[row])  # (2, n, number)
-    BCE = torch.stack([F.softplus(-logit[0]), F.softplus(logit[1])])  # with 1 and with 0
+    BCE = torch.stack([F.softplus(-logit[0]), F.softplus(logit[1])])  # BCE(D, 1), BCE(D, 0)
     pairs = (j >= 0).to(f.device)
     E_pos, E_neg = (BCE * pairs).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
     L_icd = E_pos + E_neg
