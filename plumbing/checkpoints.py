@@ -128,6 +128,11 @@ def flag(x):
     return type(x) is bool
 
 
+def flag_or_none(x):
+    """On, off, or as torch chooses."""
+    return x is None or flag(x)
+
+
 def share(x):
     """A number from 0 to 1."""
     return type(x) is float and 0 <= x <= 1
@@ -140,7 +145,7 @@ def state_form(part):
         return state
     params = [p for group in part.param_groups for p in group["params"]]
     moments = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in params]
-    groups = [group | {"lr": rate} for group in state["param_groups"]]
+    groups = [group | {"lr": rate, "fused": flag_or_none} for group in state["param_groups"]]
     return {"state": Some(enumerate(moments)), "param_groups": groups}
 
 
