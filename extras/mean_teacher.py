@@ -102,15 +102,14 @@ def consistency(student, teacher, steps):
     """The mean squared differences of two said(), added up -> scalar.
 
     steps  (B, W), which of the window's steps are the video's"""
-    s, e = bmn.pairs_of(steps.shape[1]).to(steps.device)
-    pairs = steps[:, s] & steps[:, e]
+    of_start, of_end = bmn.at_pairs(steps[:, None], steps[:, None])
+    pairs = of_start & of_end  # (B, P)
     parts = zip(student, teacher, (steps, steps, pairs, pairs))
     return sum((a - b)[use].square().mean() for a, b, use in parts)
 
 
 def teacher_loss(run, batch):
     """The consistency of the student with the teacher on a batch without labels -> scalar."""
-    run.ema.eval()
     with torch.no_grad():
         outputs = evaluate.forward(run.ema, batch, run.s)
     teacher, steps = said(outputs), outputs.steps[:, 0]
@@ -127,6 +126,7 @@ def teacher_loss(run, batch):
 
 def learn_from_teacher(run, rng):
     """An epoch of stage 3: labelled videos as in stage 2, unlabelled ones by the teacher."""
+    run.ema.eval()  # the teacher sees no noise
     ramp = math.exp(-5 * (1 - min(run.at.epoch / RAMP, 1)) ** 2)
     labelled = train.batches_of(run, run.data.labelled, rng)
     for batch, other in zip(labelled, train.batches_of(run, run.data.unlabelled, rng)):

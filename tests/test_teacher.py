@@ -109,7 +109,7 @@ def test_a_run_its_page_a_new_video_and_that_it_goes_on_where_it_was_killed(whol
     look_into(main, mean_teacher.Settings, whole, tmp_path / "found.json")
     argv = teacher_argv(whole, "--out", tmp_path / "run")
     kill, code, _ = ENDS["SIGTERM"]  # amid an epoch of stage 3
-    assert stopped(lambda: mean_teacher.main(argv), tmp_path / "stderr", kill, STEP, 7) == code
+    assert stopped(lambda: mean_teacher.main(argv), tmp_path / "stderr", kill, STEP, 17) == code
     assert main("--resume", tmp_path / "run") == 0
     assert same(weights(whole / "run"), weights(tmp_path / "run"))
 
