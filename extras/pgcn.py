@@ -16,19 +16,27 @@ with P_tiou and P_tnd of Eq. (2) beside the regression. Pseudo labels are instan
 unlabelled video, by which the kinds of its proposals are told anew. ALQA's selection and ICD are
 those of the method's files; ACP contrasts the first layer of single steps.
 
+Of APL: activity and completeness keep P-GCN's losses, without Eq. (5) and its soft label; P_tiou
+and P_tnd learn from actions and parts, since actions alone have a tIoU over 0.7; --acp is none
+unless given.
+
 The proposals, of labelled, unlabelled and test videos, are those of a detector of the same labelled
 videos, as `python -m extras.bmn --export-proposals FILE --checkpoint runs/bmn` writes them: one
 that has seen more labels brings them in. But a detector knows its own labelled videos by heart.
 There, where P-GCN learns what a whole action is, its proposals are better and few are wrong, so
 that completeness and P_tiou come out too sure.
 
-Other than in the public code the ground truth is no proposal; lengths are continuous, not of
-inclusive frames, and a segment is pooled over the steps inside it; completeness is made a
-probability by a sigmoid; a proposal is regressed before suppression, which is soft, as an action of
-its best class; the neighbours in detection are fixed, as is the spread of the offsets, around 0; an
-action that stands for a part that is not there counts as whole; a feature of zeros has a cosine of
-0; AdamW with cosine decay trains; there is one stream of features. Its numbers below are those for
-THUMOS14.
+Other than in the public code
+- input: there is one stream of features; lengths are continuous, not of inclusive frames; a segment
+  is pooled over the steps inside it;
+- graph: a feature of zeros has a cosine of 0; in detection the neighbours are those TAKEN;
+- training: the ground truth is no proposal; an action drawn in the place of a missing part counts
+  as whole; the offsets have a mean of 0 and SPREAD, not measured ones; AdamW, cosine decay;
+- detection: completeness goes through a sigmoid, not exp; a proposal is regressed, as an action of
+  its best class, before suppression, which is soft.
+
+The numbers below are those for THUMOS14. The method ends with the losses; what follows them is
+warnings and settings.
 
 Letters as in model.py, P being the proposals of a video, each the root of its own graph. [P] is
 the public P-GCN's, [J] neither that nor the paper's.
@@ -51,7 +59,7 @@ import model
 from extras import bmn
 from plumbing import checks, forms, settings
 from plumbing.files import read_json
-from plumbing.processes import draws_of_batch, means_of_all
+from plumbing.processes import draws_of_batch, sum_of_all
 from plumbing.settings import OneOf, ShareBelow1, Text, Width
 from plumbing.words import BadInput, refuse, several, short
 
@@ -59,7 +67,7 @@ CONTEXT = 0.5  # what is seen on either side, as a share of the proposal [P]
 IS_OVERLAPPING = 0.7  # tIoU over which two proposals are neighbours that overlap [P]
 OVERLAPPING, APART = 8, 2  # candidates of either kind that a node draws its neighbours from [P]
 NEIGHBOURS = 4  # of a node [P]
-TAKEN = (0, 1, 2, OVERLAPPING)  # the candidates that detection takes [J]
+TAKEN = (0, 1, 2, OVERLAPPING)  # places of detection's among them: three overlap, one is apart [J]
 SPREAD = (0.1, 0.2)  # unit of the offsets of the centre and of the log length [J; P: measured]
 MOST_LONGER = 3.0  # log of how many times longer or shorter regression makes a proposal [J]
 
@@ -76,10 +84,10 @@ OF_COMPLETENESS, OF_REGRESSION = 0.5, 0.5  # weights of these losses [P]
 
 def padded(rows):
     """Rows of videos, B x (N, F), as one tensor (B, P, F), P >= 1, and its mask (B, P)."""
-    one = rows[0].new_ones(1, rows[0].shape[1])
-    parts = [*rows, one]  # of one more video, so that P >= 1; it is left out again
-    masks = [torch.ones_like(part[:, 0]).bool() for part in parts]
-    return pad_sequence(parts, batch_first=True)[:-1], pad_sequence(masks, batch_first=True)[:-1]
+    one = rows[0].new_zeros(1, rows[0].shape[1])  # one more video, so that P >= 1; left out again
+    x = pad_sequence([*rows, one], batch_first=True)[:-1]
+    count = torch.tensor([len(part) for part in rows], device=x.device)
+    return x, torch.arange(x.shape[1], device=x.device) < count[:, None]
 
 
 def pooled(feats, segments, pool):
@@ -102,7 +110,7 @@ def best_others(value, allowed, number):
     ->              (B, P, number) nodes"""
     order = torch.where(allowed, value, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     count = allowed.sum(-1, keepdim=True)
-    turn = torch.arange(number, device=value.device) % count.clamp(1, number)
+    turn = torch.arange(number, device=value.device) % count.clamp(1, number)  # 0, 1, ..., 0, ...
     itself = torch.arange(len(value[0]), device=value.device)[:, None]
     return torch.where(count > 0, order.gather(-1, turn), itself)
 
@@ -112,6 +120,7 @@ def candidates(proposals, mask):
 
     -> (B, P, OVERLAPPING + APART) nodes"""
     one, other = proposals[:, :, None], proposals[:, None]
+    # Nearness is by tND, the square of the public code's distance.
     tIoU, tND = model.tiou(one, other), model.tnd(one, other)  # (B, P, P)
     itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
     others = mask[:, None] & ~itself
@@ -120,31 +129,34 @@ def candidates(proposals, mask):
     return torch.cat([overlapping, apart], -1)
 
 
-def chosen_neighbours(choices, training, most):
-    """The neighbours of nodes and, for each, those of these neighbours: (B, P, 5, NEIGHBOURS).
+def trees(choices, training, most):
+    """The nodes that each root sees, (B, P, 5, 5): row 0 is the root and its neighbours, row i its
+    i-th neighbour and that one's own.
 
-    Row 0 are a root's own, row i those of its i-th neighbour. In training each row is drawn, in
-    detection all are those TAKEN.
+    In training the neighbours of each row are drawn, in detection they are those TAKEN.
     choices  (B, P, number), as candidates() has them
     most     how many draws each video gets, at least P: the same ones whatever P is"""
     B, P, number = choices.shape
-    places = choices.new_tensor(TAKEN).expand(B, P, NEIGHBOURS + 1, NEIGHBOURS)
     if training:
         draws = draws_of_batch((B, most, NEIGHBOURS + 1, number), choices.device)[:, :P]
         places = draws.argsort(-1)[..., :NEIGHBOURS]  # among the choices, (B, P, 5, 4)
-    of_root = choices.gather(2, places[:, :, 0])  # (B, P, 4)
-    theirs = acp.rows_at(choices, of_root.flatten(1)).unflatten(1, (P, NEIGHBOURS))
-    theirs = theirs.gather(3, places[:, :, 1:])  # of the choices of each neighbour, (B, P, 4, 4)
-    return torch.cat([of_root[:, :, None], theirs], 2)
+    else:
+        places = choices.new_tensor(TAKEN).expand(B, P, NEIGHBOURS + 1, NEIGHBOURS)
+    itself = torch.arange(P, device=choices.device).expand(B, P)[..., None]
+    firsts = torch.cat([itself, choices.gather(2, places[:, :, 0])], 2)  # of the rows, (B, P, 5)
+    of_firsts = acp.rows_at(choices, firsts.flatten(1)).unflatten(1, (P, NEIGHBOURS + 1))
+    return torch.cat([firsts[..., None], of_firsts.gather(3, places)], 3)
 
 
 def edges(x, nodes):
-    """The rows of the adjacency: weights of nodes (B, P, 5, 5) to the first of each row.
+    """Rows of the adjacency: the weight of each of nodes (B, P, 5, 5) for the first of its row.
 
-    1 for itself, relu(cosine) / 4 for its neighbours."""
+    1 for the first itself, relu(cosine) / 4 for its neighbours.
+    x   (B, P, C)
+    ->  (B, P, 5, 5)"""
     x = F.normalize(x, dim=-1)
     cosine = F.relu(x @ x.transpose(1, 2)).flatten(1)  # (B, P * P)
-    pairs = nodes[..., :1] * x.shape[1] + nodes  # where (first of a row, node) is in the P * P
+    pairs = nodes[..., :1] * x.shape[1] + nodes  # of (first of a row, node), among the P * P
     weight = cosine.gather(1, pairs.flatten(1)).view_as(nodes) / NEIGHBOURS
     return torch.cat([torch.ones_like(weight[..., :1]), weight[..., 1:]], -1)
 
@@ -162,9 +174,9 @@ class Layer(nn.Module):
 class Graph(nn.Module):
     """Two layers over the graph, of which only what a root sees is computed.
 
-    x          (B, P, in), pooled features
-    neighbours (B, P, 5, 4), as chosen_neighbours() has them
-    ->         (B, P, 2 * in): what the graph gives for the root, and its own features"""
+    x      (B, P, in), pooled features
+    nodes  (B, P, 5, 5), as trees() has them
+    ->     (B, P, 2 * in): what the graph gives for the root, and its own features"""
 
     def __init__(self, dim, hidden, dropout):
         super().__init__()
@@ -176,11 +188,8 @@ class Graph(nn.Module):
         """The first layer of single rows, without neighbours."""
         return F.relu(x @ self.gc1.weight + self.gc1.bias)
 
-    def forward(self, x, neighbours):
+    def forward(self, x, nodes):
         B, P, _ = x.shape
-        itself = torch.arange(P, device=x.device).expand(B, P)[..., None]
-        firsts = torch.cat([itself, neighbours[:, :, 0]], 2)  # (B, P, 5)
-        nodes = torch.cat([firsts[..., None], neighbours], 3)  # (B, P, 5, 5)
         weight = edges(x, nodes)
         rows = (x @ self.gc1.weight).flatten(0, 1)  # of all videos: those of a video begin at b * P
         index = nodes + P * torch.arange(B, device=x.device)[:, None, None, None]
@@ -188,6 +197,7 @@ class Graph(nn.Module):
         sums = F.embedding_bag(index.flatten(0, 2), rows, mode="sum",
                                per_sample_weights=weight.flatten(0, 2))
         h = F.relu(sums + self.gc1.bias).view(B, P, NEIGHBOURS + 1, -1)
+        # A h W2, of which the root's row alone is needed.
         h = (weight[:, :, 0, :, None] * self.dropout(h)).sum(2)
         return torch.cat([h @ self.gc2.weight + self.gc2.bias, x], -1)
 
@@ -284,16 +294,14 @@ class Detector(nn.Module):
         lengths = mask.sum(1).tolist()
         parts = zip(feats, lengths, proposals)
         seen = [pooled(x[:length], segments, self.pool) for x, length, segments in parts]
-        around, exist = padded(seen)  # (B, P, 3 * D)
+        around, valid = padded(seen)  # (B, P, 3 * D)
         inside = around.chunk(3, -1)[1]
         segments, _ = padded(proposals)
-        choices = candidates(segments, exist)
-        neighbours = chosen_neighbours(choices, self.training, self.most)
+        nodes = trees(candidates(segments, valid), self.training, self.most)
         with torch.autocast(feats.device.type, enabled=False):
-            predicted = self.heads(
-                self.Act_GCN(inside, neighbours), self.Comp_GCN(around, neighbours))
+            predicted = self.heads(self.Act_GCN(inside, nodes), self.Comp_GCN(around, nodes))
             levels, masks = self.pyramid(feats, mask)
-        return Outputs(*predicted, exist, segments, levels, masks)
+        return Outputs(*predicted, valid, segments, levels, masks)
 
 
 # ---- Targets ------------------------------------------------------------------------------------
@@ -309,7 +317,8 @@ def share_inside(proposals, segments):
 def targets(proposals, mask, record, steps):
     """What the proposals (P, 2) of a video of `steps` steps are, by the instances of its record.
 
-    -> "truth" (P, 2) and "label" (P,), the instance that each overlaps most, 0 without one, and
+    -> "truth" (P, 2) and "label" (P,), of the instance of the largest tIoU, the first where none
+       overlaps, 0 in a video without any; and
        "kinds" (3, P) bool: which are actions, parts of one, background"""
     segments = record["segments"].float()
     # One instance more, with a tIoU of 0, for a video without any.
@@ -330,16 +339,16 @@ def targets(proposals, mask, record, steps):
 
 def drawn(members, draws):
     """Members of each row, drawn with replacement: (B, P) bool, draws (B, n) in [0, 1) -> (B, n)"""
-    order = members.int().argsort(dim=1, descending=True, stable=True)
+    order = members.int().argsort(dim=1, descending=True, stable=True)  # members first
     place = (draws * members.sum(1, keepdim=True)).long()
     return order.gather(1, place)
 
 
 def draw_roots(kinds, sets):
-    """Sets of roots of videos: (B, 3, P) -> (B, sets, 8) proposals.
+    """Sets of roots of videos: (B, 3, P) -> (B, sets, 8), which of the P.
 
-    A set has ROOTS of each kind, in their order; an action stands for a kind that is not there, any
-    proposal where there is none."""
+    A set has ROOTS of each kind, in their order; an action stands for a kind that is not there.
+    A video without an action gets the first proposal, which teaches nothing."""
     action = kinds[:, 0]
     draws = draws_of_batch((len(kinds), sets, sum(ROOTS)), kinds.device)
     roots = []
@@ -358,8 +367,9 @@ def completeness_loss(scores, whole):
     ->             scalar"""
     of_whole = F.relu(1 - scores[whole]).sum()
     of_part = torch.where(whole, 0, F.relu(1 + scores))
-    hardest = of_part.topk(int(ROOTS[1] * HARDEST), 1).values.sum()  # of each set
-    parts = max(int(HARDEST * int((~whole).sum())), 1)  # of all sets
+    hardest = of_part.topk(int(ROOTS[1] * HARDEST), 1).values.sum()  # 1 of the 6 of each set
+    # As the public code, which counts the hardest over all sets at once.
+    parts = max(int(HARDEST * int((~whole).sum())), 1)
     return (of_whole + hardest) / (whole.sum() + parts)
 
 
@@ -371,31 +381,36 @@ def offset_target(proposals, truth):
 
 
 def regression_loss(offsets, target):
-    """Smooth L1 of both offsets (N, 2), in their spread: the mean of their sums -> scalar."""
-    return 2 * F.smooth_l1_loss(offsets, target)
+    """Smooth L1 in units of SPREAD, summed over both offsets (N, 2), their mean -> scalar."""
+    return F.smooth_l1_loss(offsets, target, reduction="none").sum(1).mean()
 
 
 def root_losses(outputs, of, video, roots, s):
     """The losses of drawn roots: "cls", of activity and completeness, "reg", "quality", scalars.
 
-    of     {"truth", "label", "kinds"} of all proposals, stacked
-    video  (n, 1, 1), the videos of the batch that teach; roots (n, sets, 8), drawn for them"""
+    of     "truth" (B, P, 2), "label" (B, P) and "kinds" (B, 3, P), as targets() has them
+    video  (n, 1, 1), the videos of the batch that teach
+    roots  (n, sets, 8), drawn for them: x[video, roots] is (n, sets, 8, ...) of x (B, P, ...)"""
     label, truth = of["label"][video, roots], of["truth"][video, roots]
     action, part, background = (kind[video, roots] for kind in of["kinds"].unbind(1))
+    # Activity, of actions and background.
     of_activity = action | background
     class_or_none = torch.where(action, label + 1, 0)
     L_activity = F.cross_entropy(
         outputs.activity[video, roots][of_activity], class_or_none[of_activity])
+    # Completeness, of all but the background, at the class of the instance.
     scores = outputs.completeness[video, roots, label]
-    first = ROOTS[0] + ROOTS[1]  # all but the background
+    first = ROOTS[0] + ROOTS[1]
     L_completeness = completeness_loss(
         scores[..., :first].flatten(0, 1), action[..., :first].flatten(0, 1))
+    # Regression, of actions.
     offsets = outputs.offsets[video, roots, label]
     proposals = outputs.proposals[video, roots]
     spread = offsets.new_tensor(SPREAD)
     goal = offset_target(proposals[action], truth[action])
-    L_reg = regression_loss(offsets[action] / spread, goal / spread)  # in units of the spread
-    L_quality = L_reg * 0
+    L_reg = regression_loss(offsets[action] / spread, goal / spread)
+    # Quality, of actions and parts.
+    L_quality = L_reg.new_zeros(())
     if s.alqa != "none":
         of_quality = action | part
         moved = regressed(proposals, offsets.detach())[of_quality]
@@ -407,7 +422,7 @@ def root_losses(outputs, of, video, roots, s):
 
 
 def batch_losses(outputs, instances, s):
-    """The losses of a batch; a video without a proposal that is an action leaves them.
+    """The losses of a batch, means over its videos that have a proposal that is an action.
 
     instances  B records {"segments", "labels", "rejected"}
     ->         {"cls", "reg", "quality", "positives"}, scalars that are finite without a positive"""
@@ -416,14 +431,14 @@ def batch_losses(outputs, instances, s):
     of = {key: torch.stack([target[key] for target in each]) for key in each[0]}
     roots = draw_roots(of["kinds"], s.sets)  # of all videos: the draws are those of the batch
     teach = of["kinds"][:, 0].any(1)
-    # Each head has a gradient in every process, whose gradients are added up.
-    nothing = sum(part.sum() for part in outputs.predictions()) * 0
-    parts = dict.fromkeys(("cls", "reg", "quality"), nothing)
     if teach.any():
-        video = teach.nonzero()[..., None]
-        parts = root_losses(outputs, of, video, roots[teach], s)
-    parts["positives"] = of["kinds"][:, 0].sum()
-    return means_of_all(parts)
+        parts = root_losses(outputs, of, teach.nonzero()[..., None], roots[teach], s)
+    else:  # each head has a gradient in every process, whose gradients are added up
+        nothing = sum(part.sum() for part in outputs.predictions()) * 0
+        parts = dict.fromkeys(("cls", "reg", "quality"), nothing)
+    share = teach.sum() / sum_of_all(teach.sum()).clamp(min=1)  # of the videos of all processes
+    losses = {key: sum_of_all(share * part) for key, part in parts.items()}
+    return losses | {"positives": sum_of_all(of["kinds"][:, 0].sum())}
 
 
 # ---- A look at the proposals of a run -----------------------------------------------------------
@@ -434,12 +449,15 @@ def odd_proposals(found, dataset, s):
     where = f"prediction file {short(s.proposals, 150)}:"
     empty = [name for name, segments in found.items() if len(segments) == 0]
     if empty:
-        yield f"{where} {len(empty)} videos have an empty list of proposals: {several(empty)}"
+        yield f"{where} {len(empty)} videos have no proposal that can be used: {several(empty)}"
     others = [name for name in s.found if not {name, name.removeprefix("v_")} & found.keys()]
     if others:
         yield f"{where} {len(others)} videos are none of this run: {several(others, 2)}"
     seen = read_json(s.proposals, "prediction file").get("labelled", [])
-    more = [video.id for video in dataset.unlabelled + dataset.test if video.id in seen]
+    if not isinstance(seen, list):
+        raise BadInput(f"{where} labelled is {short(seen)}, must be a list of videos")
+    more = [video.id for video in dataset.unlabelled + dataset.test
+            if video.id in seen or f"v_{video.id}" in seen]
     if more:
         yield (f"{where} the detector that made them has seen the labels of {len(more)} videos "
                f"that are not labelled here: {several(more)}")
@@ -460,7 +478,7 @@ PRESET = {  # beside those of data.PRESETS
     "acp": "none",
     "acp_after": "none",
     "vote": 0.0,
-    "lr": 1e-3,
+    "lr": 1e-3,  # of AdamW [J]
     "lambda_reg": 1.0,
     "t_plus": 1.0,  # the losses are means already
     "t_plus_momentum": 1.0,
@@ -477,7 +495,10 @@ OWN = {  # a user's own data: few labelled videos, a hundred proposals each
 
 @dataclass(frozen=True)
 class ProposalSettings(settings.CheckedSettings):
-    """Where the proposals lie, which is no part of what a run is: their numbers are."""
+    """Where the proposals lie, which is no part of what a run is: their numbers are.
+
+    So a resumed run may be given a file that was moved; look() sees to it that it holds the same.
+    """
     since = "run"
     heading = "this detector's own"
     proposals: Text(
@@ -487,7 +508,7 @@ class ProposalSettings(settings.CheckedSettings):
 
 @dataclass(frozen=True)
 class Settings(bmn.OtherSettings, ProposalSettings):
-    """train.py's settings and P-GCN's; the defaults are the public P-GCN's.
+    """train.py's settings and P-GCN's; the defaults are the public P-GCN's, but those of [J].
 
     plumbing/settings.py says what FIRST, GIVEN and UNUSED are."""
     since = "pretrain"
@@ -499,6 +520,7 @@ class Settings(bmn.OtherSettings, ProposalSettings):
     most: Width("proposals of a video, the best first [J]") = 300
     sets: Width("sets of 8 proposals that a video draws a step") = 1
 
+    # Published data take PRESET alone, other data OWN too.
     PRESET, OWN, PRESETS = PRESET, OWN, dict.fromkeys(bmn.PUBLISHED, {})
     TRAIN = EVALUATE = "python -m extras.pgcn"
     FIRST = ("proposals", *bmn.OtherSettings.FIRST)

@@ -15,7 +15,7 @@ import icd
 import model
 import train
 from extras import bmn, pgcn, tables
-from plumbing import arguments, public
+from plumbing import arguments, processes, public
 from tests.helpers import (
     ROOT,
     SHARED,
@@ -100,10 +100,11 @@ def theirs():
 def of_block(detector, act, comp):
     """The outputs for blocks of 21 rows: a root, its children, theirs: (1, N, ...) of the roots."""
     nodes = torch.arange(len(act)).view(-1, 21)
-    neighbours = torch.zeros(1, len(act), 5, 4).long()
-    neighbours[0, ::21] = nodes[:, 1:].view(-1, 5, 4)
+    trees = torch.zeros(1, len(act), 5, 5).long()
+    trees[0, ::21, :, 0] = nodes[:, :5]
+    trees[0, ::21, :, 1:] = nodes[:, 1:].view(-1, 5, 4)
     with torch.no_grad():
-        h = (detector.Act_GCN(act[None], neighbours), detector.Comp_GCN(comp[None], neighbours))
+        h = (detector.Act_GCN(act[None], trees), detector.Comp_GCN(comp[None], trees))
         return [part[:, ::21] for part in detector.heads(*h)]
 
 
@@ -254,8 +255,11 @@ def test_neighbours_are_those_of_a_loop_over_all_others():
     found = pgcn.candidates(segments, valid)
     for node in valid[0].nonzero()[:, 0].tolist():
         assert found[0, node].tolist() == candidates_by_hand(segments[0], valid[0], node)
-    fixed = pgcn.chosen_neighbours(found, False, 30)[0]
-    drawn = pgcn.chosen_neighbours(found, True, 30)[0]
+    fixed, drawn = (pgcn.trees(found, training, 30)[0] for training in (False, True))
+    for tree in (fixed, drawn):
+        assert torch.equal(tree[:, 0, 0], torch.arange(19))
+        assert torch.equal(tree[:, :, 0], tree[:, 0])  # the rows are of the root and its neighbours
+    fixed, drawn = fixed[:, :, 1:], drawn[:, :, 1:]
     assert not torch.equal(drawn, fixed)
     for node in range(19):
         mine = found[0, node].tolist()
@@ -271,7 +275,8 @@ def test_neighbours_are_those_of_a_loop_over_all_others():
 def test_the_graph_is_two_products_with_its_adjacency():
     graph, x = pgcn.Graph(3, 4, 0.0), torch.randn(1, 7, 3)
     neighbours = torch.randint(0, 7, (1, 7, 5, 4))
-    out = graph(x, neighbours)
+    firsts = torch.cat([torch.arange(7)[None, :, None], neighbours[:, :, 0]], 2)
+    out = graph(x, torch.cat([firsts[..., None], neighbours], 3))
     for root in range(7):
         nodes = [root, *neighbours[0, root].flatten().tolist()]
         A = torch.zeros(21, 21)
@@ -286,11 +291,11 @@ def test_the_graph_is_two_products_with_its_adjacency():
 
 
 def test_training_drops_hidden_numbers_and_the_tnd_branch_starts_low():
-    neighbours, x = torch.zeros(1, 1, 5, 4).long(), torch.ones(1, 1, 3)
+    nodes, x = torch.zeros(1, 1, 5, 5).long(), torch.ones(1, 1, 3)
     graph = pgcn.Graph(3, 50, 0.5)
-    assert not torch.equal(graph(x, neighbours), graph(x, neighbours))
+    assert not torch.equal(graph(x, nodes), graph(x, nodes))
     graph.eval()
-    assert torch.equal(graph(x, neighbours), graph(x, neighbours))
+    assert torch.equal(graph(x, nodes), graph(x, nodes))
     assert small(tnd_bias=-3.0).build(4, 3).tnd.bias.item() == -3
 
 
@@ -452,6 +457,19 @@ def test_losses_without_proposals_actions_or_with_everything_rejected_are_finite
         assert (loss.item() > 0) == (parts["positives"].item() > 0)
 
 
+def test_a_process_with_nothing_to_learn_from_leaves_the_loss(monkeypatch):
+    torch.manual_seed(0)
+    s = small()
+    out = s.build(4, 3).eval()(torch.randn(1, 12, 4), torch.ones(1, 12).bool(),
+                               [torch.tensor([[1.0, 5.0]])])
+    alone = pgcn.batch_losses(out, [instances([[1, 5]])], s)
+    assert alone["cls"] > 0
+    monkeypatch.setattr(processes, "process_count", lambda: 2)
+    monkeypatch.setattr(processes.dist, "all_reduce", lambda whole: None)  # the other one adds 0
+    for name, part in pgcn.batch_losses(out, [instances([[1, 5]])], s).items():
+        assert part.item() == pytest.approx(alone[name].item())
+
+
 # ---- Whole runs ---------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -568,6 +586,7 @@ def every(function):
     (of_video("v4", {"a": 1}), ["v4", "must list predictions"]),
     (every(lambda p: p.update(segment=[28.0, 30.0])), ["9 of 9 labelled", "nothing to learn"]),
     (lambda content: content.pop("results"), ['no "results"']),
+    (lambda content: content.update(labelled=None), ["p.json: labelled is None, must be a list"]),
 ])
 def test_proposals_that_cannot_be_used_are_one_sentence(own, capsys, change, words):
     write_proposals(own, change)
@@ -581,9 +600,10 @@ def test_proposals_that_cannot_be_used_are_one_sentence(own, capsys, change, wor
 
 
 @pytest.mark.parametrize("change, words", [
-    (of_video("v4", []), "1 videos have an empty list of proposals: v4"),
+    (of_video("v4", []), "1 videos have no proposal that can be used: v4"),
     (of_video("stray", []), "1 videos are none of this run: stray"),
     (lambda content: content.update(labelled=["v0", "v12"]), "has seen the labels of"),
+    (lambda content: content.update(labelled=["v_v12"]), "that are not labelled here: v12"),
     (of_video("v4", [{"segment": [300, 400], "score": 1}]), ""),
 ])
 def test_odd_proposals_are_warnings(own, capsys, change, words):
