@@ -6,23 +6,25 @@
 
 SPOT makes no proposals to be scored: attention over a window embeds its steps, a classifier gives
 each step a class or background, and a mask head gives each step i a row, how much each step of the
-window is of the action that step i is in. Detections are the runs of steps that a row, or a class,
-holds above some levels. There is no P_tiou and no P_tnd; the joint score is the class score.
+window is of the action that step i is in. A detection is a run of steps over which a row, or the
+scores of a class, stay above a level. There is no P_tiou and no P_tnd.
 
-Stage 1 is ACP on the embedding, or SPOT's own pretext (--acp pretext): the mask of two spans of a
-video whose other steps are erased, whether its halves were swapped, and an embedding near its
-input. In stage 3 an unlabelled video teaches by the classes and masks that the detector gives it in
+Stages 2 and 3 add up four losses: of the classes (focal), of the masks (cross-entropy and dice), of
+the embedding's distance from its input, and a contrast of the steps near a boundary. Stage 1 is ACP
+on the embedding, or SPOT's own pretext (--acp pretext): the mask of two spans of a video whose
+other steps are erased, whether its halves are swapped, and the distance; own data have none unless
+asked. In stage 3 an unlabelled video teaches by the classes and masks that the detector gives it in
 the same step of training (--pseudo maps), or by the pseudo labels of train.py (--pseudo labels).
 
-Other than in the public code
-- all instances of a video teach, by every step inside; of a pseudo map the sure steps alone;
-- every step has runs, of any length; [P] those of the ten best, over 0.02 of the window;
-- a detection is one run, not all from the first to the last, and of any class;
-- its score is the mean of its class, times the mean of its row [P: maxima]; with the setting
-  around, the mean of its class around it is taken off; no classifier of whole videos is asked;
-- the losses of unlabelled videos reach the gradient;
-- the snippets that are contrasted are steps, not channels; which are hard the targets say;
-- AdamW with cosine decay trains, the input's dropout helps, Soft-NMS is the core's.
+Here, and in the public code [P]:
+- all instances of a video teach, by every step inside [the last one, without its first and last];
+- a pseudo map teaches by its sure steps [by all], and does reach the gradient [it does not];
+- every step has runs, of any length [the ten best steps, runs over 0.02 of the window];
+- a detection is one run, of any class [from the first to the last, of the video's class];
+- its score is the mean of its class, less that around it if the setting around says so, times the
+  mean of its row [the maximum of its class times the mean of the row without its ends];
+- steps are contrasted, hard near a boundary of the targets [channels, hard by a morphology];
+- AdamW with cosine decay, dropout of the input, the core's Soft-NMS [Adam in steps, its own NMS].
 
 A video longer than a window is seen in half-overlapping windows. Letters as in model.py, and n
 windows of W steps of a video, P detections before suppression. [P] is the public SPOT's, [J]
@@ -52,10 +54,10 @@ DROP_EMBEDDING = 0.3  # share of the attention's output [P]
 DROP_ORDER = 0.5  # share of the order head's numbers [P]
 OF_CLASS = 0.5  # weight of the class loss [P]
 OF_BCE, OF_DICE = 0.4, 0.6  # weights of the two mask losses [P]
-SMOOTH = 10  # pairs of steps that are added to either kind in the weights of the mask loss [P]
+MORE_PAIRS = 10  # of steps, added to either kind in the weights of the mask loss [P]
 TAU = 0.07  # temperature of the contrast of snippets [P]
 HARD = 2  # steps to either side of a boundary that are hard to tell [J; P: by a morphology]
-# Over which a run of a mask's row is a detection (0: the whole video), and a run of a class [P].
+# Over which a run of a mask's row is a detection (0: all of the window), and a run of a class [P].
 MASK_LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8)
 CLASS_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -66,13 +68,19 @@ def runs(over):
     """The run of steps around step i for which row i holds.
 
     over  (..., W, W) bool
-    ->    its first and last step, two (..., W); none, last < first, where row i lacks step i"""
+    ->    its first step and that after its last, two (..., W); end < first where row i lacks i"""
     W = over.shape[-1]
     step = torch.arange(W, device=over.device)
-    before = step <= step[:, None]
+    before = step <= step[:, None]  # [i, j]: j <= i
     first = torch.where(~over & before, step, -1).amax(-1) + 1
-    last = torch.where(~over & before.T, step, W).amin(-1) - 1
-    return first, last
+    end = torch.where(~over & before.T, step, W).amin(-1)
+    return first, end
+
+
+def covering(first, end, W):
+    """Which of W steps the runs first .. end - 1 cover: (..., n) -> (..., n, W), 0 or 1."""
+    step = torch.arange(W, device=first.device)
+    return ((step >= first[..., None]) & (step < end[..., None])).float()
 
 
 def smoothed(x, inside, reach):
@@ -86,29 +94,22 @@ def smoothed(x, inside, reach):
     return means(x * inside) / means(inside.float()).clamp(min=1e-6) * inside
 
 
-def sums_of(running, first, end):
-    """The sums over the steps first .. end - 1 of numbers of which the running sums are given.
-
-    running     (..., W + 1, K), of the first 0, 1, ... W steps
-    first, end  (..., W)
-    ->          (..., W, K)"""
-    of_end, of_first = (torch.take_along_dim(running, at[..., None], -2) for at in (end, first))
-    return of_end - of_first
-
-
-def class_scores(running, first, end, around, steps):
+def class_scores(p, first, end, around, inside):
     """The mean of each class in runs, less that around them; not below 0.
 
-    running, first, end  as sums_of() has them
-    around               what is before and after a run, as a share of it; 0: nothing is taken off
-    steps                (..., 1), how many of the W are the video's"""
-    length = end - first
-    margin = (around * length).ceil().long().clamp(min=0)
-    start, stop = (first - margin).clamp(min=0), torch.minimum(end + margin, steps)
-    in_run = sums_of(running, first, end)
-    around_it = sums_of(running, start, stop) - in_run
-    count = (stop - start - length).clamp(min=1)
-    return (in_run / length.clamp(min=1)[..., None] - around_it / count[..., None]).clamp(min=0)
+    p           (..., W, K), the class scores of the steps
+    first, end  (..., n), the runs first .. end - 1
+    around      what is before and after a run, as a share of it; 0: nothing is taken off
+    inside      (..., W), which steps are the video's
+    ->          (..., n, K)"""
+    def means(cover):
+        return cover @ p / cover.sum(-1, keepdim=True).clamp(min=1)
+
+    W = p.shape[-2]
+    run = covering(first, end, W)
+    margin = (around * (end - first)).ceil().clamp(min=0)
+    beside = covering(first - margin, end + margin, W) * inside[..., None, :] - run
+    return (means(run) - means(beside)).clamp(min=0)
 
 
 class Found(NamedTuple):
@@ -119,9 +120,10 @@ class Found(NamedTuple):
 
 
 def cut_off(first, end, begin, inside):
-    """Which runs first .. end - 1, (B, n, W), a window cuts and are shorter than half of it.
+    """Which runs first .. end - 1, (B, n, W), touch a border of their window and are short.
 
-    Each of these lies in the window before or behind as well, which holds more of it.
+    All steps of one shorter than half a window lie in the window before or behind as well, which
+    sees beyond them: that window's runs count.
     begin, inside  as find() has them"""
     W = inside.shape[2]
     goes_on = F.pad(inside.any(2)[:, 1:], (0, 1))[..., None]  # (B, n, 1), into the next window
@@ -137,21 +139,19 @@ def find(p, maps, inside, begin, s):
     inside  (B, n, W), which steps are the video's
     begin   (n,), where the windows begin
     ->      Found, the runs of a window together"""
-    p = smoothed(p.transpose(2, 3), inside[:, :, None], s.smooth)  # (B, n, K, W)
+    by_class = smoothed(p.transpose(2, 3), inside[:, :, None], s.smooth)  # (B, n, K, W)
     maps = smoothed(maps, inside[:, :, None], s.smooth)
-    best_rows = torch.take_along_dim(p, p.argmax(2)[..., None], 2)  # row i: step i's best class
-    running = F.pad(p.transpose(2, 3).cumsum(2), (0, 0, 1, 0))  # (B, n, W + 1, K)
-    running_maps = F.pad(maps.cumsum(3), (1, 0))  # (B, n, W, W + 1)
-    steps = inside.sum(2)[..., None]  # (B, n, 1)
+    # Row i: the scores of the best class of step i.
+    best_rows = torch.take_along_dim(by_class, by_class.argmax(2)[..., None], 2)  # (B, n, W, W)
+    p = by_class.transpose(2, 3)
     parts = []
     for rows, levels in ((maps, MASK_LEVELS), (best_rows, CLASS_LEVELS)):
         for level in levels:
-            first, last = runs(rows > level)
-            end = last + 1
-            mask_sum = torch.take_along_dim(running_maps, torch.stack([first, end], -1), 3).diff()
-            mask_mean = mask_sum / (end - first).clamp(min=1)[..., None]  # (B, n, W, 1)
-            scores = class_scores(running, first, end, s.around, steps) * mask_mean
-            segments = torch.stack([first - 0.5, last + 0.5], -1) + begin[:, None, None]
+            first, end = runs(rows > level)
+            run = covering(first, end, inside.shape[2])
+            mask_mean = (run * maps).sum(3) / run.sum(3).clamp(min=1)  # (B, n, W)
+            scores = class_scores(p, first, end, s.around, inside) * mask_mean[..., None]
+            segments = torch.stack([first, end], -1) - 0.5 + begin[:, None, None]
             parts.append((segments, scores, (first < end) & ~cut_off(first, end, begin, inside)))
     # Each (B, n, levels, W, ...) -> (B, P, ...).
     return Found(*(torch.stack(part, 2).flatten(1, 3) for part in zip(*parts)))
@@ -174,7 +174,7 @@ class Outputs(NamedTuple):
         return self.logits, self.maps
 
     def p_cls(self):
-        """The class scores (B, P, K)."""
+        """The joint scores (B, P, K): the class in a run, times the mean of the mask's row."""
         return self.found.scores
 
     def segments(self):
@@ -218,7 +218,7 @@ class Embedding(nn.Module):
 
     def forward(self, x, mask):
         T = mask.shape[1]
-        itself = torch.eye(T, dtype=torch.bool, device=x.device)  # so that padding is finite
+        itself = torch.eye(T, dtype=torch.bool, device=x.device)  # so an empty window is finite
         seen = mask[:, None, None] | itself  # (B, 1, T, T)
         linears = (self.w_qs, self.w_ks, self.w_vs)
         q, k, v = (linear(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for linear in linears)
@@ -270,13 +270,15 @@ class Detector(nn.Module):
         windows, steps, begin = bmn.windows_of(feats, mask, self.window)  # (B, n, W, D), (B, n, W)
         B, n, W = steps.shape
         x = self.embed(windows.flatten(0, 1), steps.flatten(0, 1))
-        rows = x.transpose(1, 2)
-        logits = self.classifier(rows).transpose(1, 2).float().unflatten(0, (B, n))
-        maps = torch.sigmoid(self.global_mask(rows).float()).unflatten(0, (B, n))
+        columns = x.transpose(1, 2)  # (B * n, D, W)
+        logits = self.classifier(columns).transpose(1, 2).float().unflatten(0, (B, n))
+        # Row i is output channel i over the steps [P].
+        maps = torch.sigmoid(self.global_mask(columns).float()).unflatten(0, (B, n))
         maps = maps * (steps[..., None] & steps[..., None, :])
         found = None
         if not self.training:
-            found = find(torch.softmax(logits, -1)[..., :-1], maps, steps, begin, self.s)
+            with torch.autocast(x.device.type, enabled=False):
+                found = find(torch.softmax(logits, -1)[..., :-1], maps, steps, begin, self.s)
         embedded = x.unflatten(0, (B, n))[:, 0]
         return Outputs(logits, maps, steps, windows[:, 0], [embedded], [steps[:, 0]], found)
 
@@ -292,15 +294,17 @@ def targets(record, W, num_classes):
     segments = record["segments"]
     step = torch.arange(W, device=segments.device)
     classes = step_classes(step, segments, record["labels"], record["rejected"], num_classes)
-    inside = F.pad(steps_inside(segments, step), (0, 1))  # (W, N + 1), the last is no instance
+    # One column more, inside nothing, so that there is a minimum without an instance.
+    inside = F.pad(steps_inside(segments, step), (0, 1))  # (W, N + 1)
     length = F.pad(segments[:, 1] - segments[:, 0], (0, 1), value=torch.inf)
     shortest = torch.where(inside, length, torch.inf).min(1).indices
     return classes, inside.T[shortest] & inside.any(1, keepdim=True)
 
 
 def pseudo_maps(logits, maps, theta_class, theta_mask):
-    """What the detector itself says of unlabelled videos, as targets() has it.
+    """What the detector itself says of unlabelled videos: classes, -1 where unsure, and maps.
 
+    One does not ask the other [P]: unlike in targets(), background may have a row.
     logits  (..., W, K + 1), maps (..., W, W)"""
     p, classes = torch.softmax(logits.detach(), -1).max(-1)
     return torch.where(p >= theta_class, classes, -1), maps.detach() >= theta_mask
@@ -312,24 +316,24 @@ def focal(L_ce):
 
 
 def class_loss(logits, classes):
-    """Focal loss of the classes (N,) of steps with logits (N, K + 1) -> scalar.
+    """Focal loss, step by step, of the classes (N,), logits (N, K + 1) -> scalar, 0 without any.
 
-    The public code makes it of the mean cross-entropy of a batch, which no step's ease changes."""
-    if len(classes) == 0:
-        return logits.sum()
-    return focal(F.cross_entropy(logits, classes, reduction="none")).mean()
+    The public code has the focal form of the mean cross-entropy of a batch, which is blind to how
+    easy a step is."""
+    each = focal(F.cross_entropy(logits, classes, reduction="none"))
+    return each.sum() / max(len(classes), 1)
 
 
 def mask_loss(maps, truth, use, eps=1e-6):
     """Weighted binary cross-entropy and dice loss of the maps -> scalar.
 
-    Dice is without the factor 2 of its name [P]: it is at its least, about 0.5, where both agree.
+    Dice is without the factor 2 of its name [P]: where both agree it is about 0.5, 0 of nothing.
     maps   (B, W, W) in [0, 1]
     truth  (B, W, W) bool
     use    (B, W, W), the pairs of steps that count"""
     truth = truth & use
-    positives = SMOOTH + truth.sum()
-    whole = SMOOTH + positives + (use & ~truth).sum()
+    positives = MORE_PAIRS + truth.sum()
+    whole = MORE_PAIRS + positives + (use & ~truth).sum()
     ratio = whole / positives
     of_positive = 0.5 * ratio * torch.log(maps + eps)
     of_negative = 0.5 * ratio / (ratio - 1) * torch.log(1 - maps + eps)
@@ -347,13 +351,14 @@ def feature_loss(x, inputs, mask):
 
 
 def nce(hard, easy, other):
-    """InfoNCE of hard steps with the easy ones of their kind, and not with the other kind's.
+    """InfoNCE of one query, the mean of the hard steps, and one key, that of the easy ones.
 
-    hard, easy, other  (N, D) each, of the first two the means
-    ->                 scalar"""
+    hard, easy  (N, D) each, steps of one kind
+    other       (N, D), the easy steps of the other kind: the negatives
+    ->          scalar"""
     query, key = F.normalize(hard.mean(0), dim=-1), F.normalize(easy.mean(0), dim=-1)
     keys = torch.cat([key[None], F.normalize(other, dim=-1)])
-    return -torch.log_softmax(keys @ query / TAU, 0)[0]
+    return -torch.log_softmax(keys @ query / TAU, 0)[0]  # the key is the first
 
 
 def near(steps):
@@ -380,10 +385,11 @@ def batch_losses(outputs, instances, num_classes, s):
 
     instances  B records {"segments", "labels", "rejected"}, or B empty dicts, for which
                pseudo_maps() makes the targets
-    ->         {"cls", "reg" (masks), "quality" (embedding), "positives", the steps in actions},
-               named as train.objective() has them; scalars that are finite without an instance"""
+    ->         named as train.objective() has them: "cls"; "reg", of the masks; "quality", of the
+               embedding and the contrast; "positives", the number of steps in actions; scalars
+               that are finite without an instance"""
     logits, maps, inside = outputs.logits[:, 0], outputs.maps[:, 0], outputs.steps[:, 0]
-    if instances[0]:  # not {}, which has no segments
+    if instances[0]:
         each = [targets(record, inside.shape[1], num_classes) for record in instances]
         classes, truth = (torch.stack(part) for part in zip(*each))
     else:
@@ -426,8 +432,9 @@ def swap_halves(x, mask, swapped):
 def pretext_losses(detector, batch, s, generator):
     """The losses of SPOT's pretext of a batch, which reads no label: {"mask", "order", "feature"}.
 
-    The public code takes the mask of the whole video, not of the one whose other steps are erased,
-    lets spans pile up over a batch, and erases on a scale from 0 to 1; here 0 is the mean."""
+    In the public code the mask loss is of the prediction of the whole video, not of the erased one,
+    spans pile up over a batch, the feature loss counts twice, and what is erased gets the least of
+    the input: here 0, the mean if s.standardize."""
     mask = batch["mask"].to(s.device)
     feats = batch["feats"].to(s.device)
     spans = random_spans(mask, generator)
@@ -472,7 +479,7 @@ def learn_from_maps(run, rng):
 # ---- Settings -----------------------------------------------------------------------------------
 
 PRESET = {  # beside those of data.PRESETS
-    "acp_after": "none",  # ACP stands in the place of SPOT's pretext, in stage 1 alone
+    "acp_after": "none",  # with --paper too: ACP takes the place of the pretext alone
     "min_score": 1e-4,
     "nms_sigma": 0.4,
     "vote": 0.0,
@@ -490,7 +497,7 @@ OWN = {  # a user's own data, with many actions a video
     "supervised_steps": 800,
 }
 PRESETS = bmn.PRESETS | {
-    "activitynet": bmn.PRESETS["activitynet"] | {"position": False},
+    "activitynet": bmn.PRESETS["activitynet"] | {"position": False},  # [P]
 }
 
 

@@ -187,23 +187,22 @@ def test_the_published_size_has_the_published_number_of_parameters():
 def test_runs_and_means_are_loops():
     over = torch.rand(2, 9, 9) < 0.7
     over[1, :, 8] = False  # a video of 8 steps
-    first, last = spot.runs(over)
+    first, stop = spot.runs(over)
     x = torch.rand(2, 9, 3)
-    sums = F.pad(x.cumsum(1), (0, 0, 1, 0))
-    steps = torch.tensor([[9], [8]])
-    scores = spot.class_scores(sums, first, last + 1, 0.5, steps)
+    inside = torch.arange(9) < torch.tensor([[9], [8]])
+    scores = spot.class_scores(x, first, stop, 0.5, inside)
     for b, i in itertools.product(range(2), range(9)):
         mine = [group for group in groups(over[b, i]) if i in group]
-        assert (first[b, i] <= last[b, i]) == bool(mine)
+        assert (first[b, i] < stop[b, i]) == bool(mine)
         for group in mine:
             start, end = group[0], group[-1] + 1
-            assert (first[b, i], last[b, i] + 1) == (start, end)
+            assert (first[b, i], stop[b, i]) == (start, end)
             margin = math.ceil(0.5 * (end - start))
             around = [*range(max(start - margin, 0), start), *range(end, min(end + margin, 9 - b))]
             rest = x[b, around].sum(0) / max(len(around), 1)
             expected = (x[b, group].mean(0) - rest).clamp(min=0)
             assert torch.allclose(scores[b, i], expected, atol=1e-5)
-    inside = torch.arange(9) < steps[..., None]  # (2, 1, 9)
+    inside = inside[:, None]  # (2, 1, 9)
     means = spot.smoothed(x.transpose(1, 2), inside, 2)
     for b, t in itertools.product(range(2), range(9)):
         expected = x[b, max(t - 2, 0):min(t + 3, 9 - b)].mean(0) * inside[b, 0, t]
