@@ -59,7 +59,7 @@ import model
 from extras import bmn
 from plumbing import checks, forms, settings
 from plumbing.files import read_json
-from plumbing.processes import draws_of_batch, sum_of_all
+from plumbing.processes import draws_of_batch, own_draws, sum_of_all
 from plumbing.settings import OneOf, ShareBelow1, Text, Width
 from plumbing.words import BadInput, refuse, several, short
 
@@ -298,7 +298,7 @@ class Detector(nn.Module):
         inside = around.chunk(3, -1)[1]
         segments, _ = padded(proposals)
         nodes = trees(candidates(segments, valid), self.training, self.most)
-        with torch.autocast(feats.device.type, enabled=False):
+        with torch.autocast(feats.device.type, enabled=False), own_draws(self.training):
             predicted = self.heads(self.Act_GCN(inside, nodes), self.Comp_GCN(around, nodes))
             levels, masks = self.pyramid(feats, mask)
         return Outputs(*predicted, valid, segments, levels, masks)

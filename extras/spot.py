@@ -44,7 +44,7 @@ import train
 from acp import ACP, rows_at, step_classes
 from extras import bmn
 from model import sinusoid, steps_inside
-from plumbing.processes import draws_of_batch, means_of_all
+from plumbing.processes import draws_of_batch, means_of_all, own_draws
 from plumbing.settings import Blocks, OneOf, Share, Width
 from plumbing.words import BadInput
 
@@ -247,10 +247,11 @@ class Detector(nn.Module):
 
     def embed(self, x, mask):
         """The embedding of steps: x (B, T, D), mask (B, T) -> (B, T, D)."""
-        x = F.dropout(x, self.s.input_dropout, self.training) * mask[..., None]
-        if self.s.position:
-            x = x + sinusoid(x.shape[1], x.shape[2], x.device)
-        return self.embedding(x, mask)
+        with own_draws(self.training):
+            x = F.dropout(x, self.s.input_dropout, self.training) * mask[..., None]
+            if self.s.position:
+                x = x + sinusoid(x.shape[1], x.shape[2], x.device)
+            return self.embedding(x, mask)
 
     def pyramid(self, feats, mask):
         """The embedding, the one level that ACP contrasts: [(B, T, D)], [(B, T)]."""

@@ -3,7 +3,7 @@ many times with noise."""
 import torch
 from torch import nn
 
-from plumbing.processes import draws_of_batch, one_draw
+from plumbing.processes import draws_of_batch, own_draws
 
 # What features are standardised over: all videos, their own alone, or both side by side.
 VIEWS = ("all", "own", "both")
@@ -51,10 +51,8 @@ class Input(nn.Module):
             x = over_itself(x, mask)
         if self.s.input_view == "both":
             x = torch.cat([x, over_itself(x, mask)], 2)
-        if self.training and self.s.input_dropout:
-            with one_draw(apart=True):
-                x = self.dropout(x)
-        return x
+        with own_draws(self.training and self.s.input_dropout):
+            return self.dropout(x)
 
 
 class Passes(nn.Module):

@@ -2,7 +2,7 @@
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -106,6 +106,12 @@ def one_draw(generator=None, apart=False):
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed + apart * process_rank())
         yield
+
+
+def own_draws(training):
+    """In training one_draw(), with each process's own numbers; else nothing, as nothing is drawn.
+    """
+    return one_draw(apart=True) if training else nullcontext()
 
 
 def sum_gradients(network):

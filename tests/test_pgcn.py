@@ -470,6 +470,19 @@ def test_a_process_with_nothing_to_learn_from_leaves_the_loss(monkeypatch):
         assert part.item() == pytest.approx(alone[name].item())
 
 
+def test_training_draws_as_much_for_few_proposals_as_for_many():
+    detector, kept = small().build(4, 3), set()
+    feats, proposals = torch.randn(1, 20, 4), some_proposals(9, 20)
+    for P, training in ((1, True), (9, True), (9, False)):
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        detector.train(training)(feats, torch.ones(1, 20).bool(), [proposals[:P]])
+        assert torch.equal(before, torch.get_rng_state()) != training
+        if training:
+            kept.add(float(torch.rand(())))
+    assert len(kept) == 1  # so processes with other videos stay in step
+
+
 # ---- Whole runs ---------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

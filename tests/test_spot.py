@@ -267,6 +267,18 @@ def test_a_run_that_a_window_cuts_is_found_where_more_of_it_is(first, end, found
     assert set(map(tuple, runs.segments[runs.mask].tolist())) == found
 
 
+def test_training_draws_as_much_for_short_videos_as_for_long_ones():
+    detector, kept = small(input_dropout=0.3).build(4, 3), set()
+    for T, training in ((3, True), (12, True), (12, False)):
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        detector.train(training).pyramid(torch.ones(1, T, 4), torch.ones(1, T).bool())
+        assert torch.equal(before, torch.get_rng_state()) != training
+        if training:
+            kept.add(float(torch.rand(())))
+    assert len(kept) == 1  # so processes with videos of other lengths stay in step
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("smooth", [0, 2])
 def test_padding_changes_nothing_and_a_long_video_is_seen_in_half_overlapping_windows(smooth):
