@@ -20,9 +20,8 @@ def sample_steps(lengths, m, generator):
     A video of fewer than m steps gives some of them more than once.
     lengths  (B,) integers, on the CPU
     ->       (B, m) integers"""
-    at = torch.arange(m) + draws_of_batch((len(lengths), m), generator=generator)  # in parts
-    steps = (lengths[:, None].double() * at / m).long()
-    return torch.minimum(steps, lengths[:, None] - 1)
+    draws = draws_of_batch((len(lengths), m), generator=generator).double()
+    return (lengths[:, None] * (torch.arange(m) + draws) / m).long()
 
 
 def rows_at(x, steps):
@@ -110,7 +109,7 @@ def cluster_labels(x, s, generator):
 
 
 def step_classes(steps, segments, labels, rejected, num_classes):
-    """The class of each step (m,) -> (m,): of the shortest segment (N, 2) that covers it.
+    """The class of each step (m,) -> (m,): of the shortest segment (N, 2) that covers it (ours).
 
     Else -1, unknown, inside a rejected segment; else background, num_classes."""
     classes = torch.where(steps_inside(rejected, steps).any(1), -1, num_classes)
@@ -125,14 +124,12 @@ def action_labels(steps, instances, num_classes):
     """Labels after pre-training, from B records {"segments", "labels", "rejected"}.
 
     Coarse is inside (1) or outside (0) an action, fine the class with background as one more; -1
-    leaves out a step inside what was detected and rejected, and a video without an instance.
+    leaves out a step inside what was detected and rejected.
     steps  (B, m)
     ->     coarse, fine, each (B, m)"""
-    fine = torch.full_like(steps, -1)
-    for b, r in enumerate(instances):
-        if len(r["labels"]):
-            fine[b] = step_classes(
-                steps[b], r["segments"], r["labels"], r["rejected"], num_classes)
+    fine = torch.stack([
+        step_classes(steps_b, r["segments"], r["labels"], r["rejected"], num_classes)
+        for steps_b, r in zip(steps, instances)])
     coarse = torch.where(fine < 0, fine, (fine < num_classes).long())
     return coarse, fine
 
@@ -141,7 +138,7 @@ def info_nce(z, labels, tau):
     """Eq. (11): L = -mean_i mean_{p in P_i} log[ e(i, p) / (e(i, p) + sum_{n in N_i} e(i, n)) ].
 
     e(i, j) = exp(z_i.z_j / tau), P_i shares i's label (without i), N_i does not. Anchors without a
-    positive or a negative are skipped; with none left the loss is 0.
+    positive or a negative are skipped; with none left the loss is 0 (not given in the paper).
     z       (..., n, C), normalised here
     labels  (..., n); a step of label -1 is left out
     ->      (...)"""

@@ -143,16 +143,15 @@ def alqa_losses(outputs, cls_target, offset_target, valid, s):
             "positives": positive.sum()}
 
 
-def theta_h(scores, sign):
+def theta_h(s, sign):
     """Eq. (6): theta_h = mean(s) + std(s), which parts U+ = {s_i >= theta_h} from U_can.
 
     U_can = {theta_l < s_i < theta_h} are the candidates; select() puts both sets on the records.
     The form of the sum, the population std and >= are not given in the paper: with two instances
     the unbiased std never selects one.
-    scores  (N,), the joint scores s over theta_l of a video, class or data set
+    s       (N,), the joint scores over theta_l of a video, class or data set
     sign    of the std: 1; 0 leaves it out, -1 takes it off (not in the paper; -1 for own data)
     ->      scalar"""
-    s = scores.double()
     theta_h = s.mean() + sign * s.std(correction=0)
     return theta_h
 
@@ -290,17 +289,14 @@ def select(detections, theta_l, threshold, theta_fixed, scope):
     left = {name: take(r, r["scores"] > theta_l) for name, r in detections.items()}
     scores = gather(left, "scores").double()
     group = group_of(left, "class" if threshold == "frequency" else scope)
-    groups = [group == number for number in group.unique()]
-    scores_of = [scores[members] for members in groups]
+    scores_of = [scores[group == number] for number in group.unique()]
     if threshold == "fixed":
-        thetas = [theta_fixed] * len(groups)
+        thetas = [theta_fixed] * len(scores_of)
     elif threshold == "frequency":
         thetas = frequency_thresholds(scores_of, theta_fixed)
     else:
         thetas = [float(theta_h(s, SIGN_OF_STD[threshold])) for s in scores_of]
-    positive = torch.zeros(len(scores)).bool()
-    for members, theta in zip(groups, thetas):
-        positive[members] = scores[members] >= theta
+    positive = scores >= torch.tensor(thetas, dtype=torch.double)[group]
     by_video = positive.split([len(r["scores"]) for r in left.values()])
     selected = {name: left[name] | {"positive": part} for name, part in zip(left, by_video)}
     return selected, thetas

@@ -63,7 +63,7 @@ class DataSettings(FileSettings):
     crop_keep: Share("share of a segment that a crop must hold to keep it [A]") = 0.5
     crop_tries: Count("windows tried for one that holds an action of a labelled video [J]") = 10
     batch: Width(
-        "videos a step and process; in stage 3 as many labelled and as many unlabelled [S]") = 2
+        "videos a step and process [S]; in stage 3 as many labelled and as many unlabelled [J]") = 2
     length_noise: NotNegative(
         "spread of the noise on log length by which videos are sorted into batches [J]") = 0.3
 
@@ -117,7 +117,9 @@ PRESETS = {
     "epic-verb": EPIC,
     "epic-noun": EPIC | {"label_smoothing": 0.1},
 }
-PAPER = {  # what the paper states, and our reading of its Eq. (6), where our defaults are others
+# What the paper states, but for epochs, which go by the data, and our reading of its Eq. (6),
+# where our defaults are others.
+PAPER = {
     "input_dropout": 0.0, "input_jitter": 0.0, "passes": 0,
     "acp": "coarse+fine", "acp_after": "labelled+unlabelled",
     "icd_pool": "max", "icd_score": "absolute", "theta_drop": 0.3, "theta_mine": 0.7,

@@ -48,14 +48,15 @@ def pool_instances(feats, segments, pool):
     segments  (N, 2) in grid steps of feats
     pool      "max" (the paper's) or "mean" (better where standardised features have signs)
     ->        (N, D)"""
-    start, end = segments.double().to(feats.device).unbind(1)
+    start, end = segments.double().unbind(1)
     final = len(feats) - 1
     first = start.ceil().clamp(min=0)
     count = end.floor().clamp(max=final) - first + 1
     nearest = ((start + end) / 2).round().clamp(0, final)
-    first = torch.where(count > 0, first, nearest).long()
+    first = torch.where(count > 0, first, nearest).long().to(feats.device)
+    count = count.clamp(min=1).long().to(feats.device)
     pool_steps = max_of_steps if pool == "max" else mean_of_steps
-    return pool_steps(feats, first, count.clamp(min=1).long())
+    return pool_steps(feats, first, count)
 
 
 def features_of(feats, segments, pool, score):
@@ -103,8 +104,8 @@ def draw(members, number, generator):
 def sample_sets(bank, i, number, generator):
     """Eq. (7): F_i+ = {f_j : c_j = c_i, j != i}, F_i- = {f_j : c_j != c_i}, `number` of each.
 
-    Both are drawn from all labelled instances. An instance with the same boundaries in the same
-    video is in neither set.
+    Both are drawn from all labelled instances; "within a mini-batch" may mean fewer. An instance
+    with the same boundaries in the same video is in neither set (not given in the paper).
     i    (n,) indices of instances
     ->   two (n, number) of indices j, rows of -1 for an empty set"""
     same_class = bank["labels"][i, None] == bank["labels"]

@@ -13,7 +13,7 @@ Legend, the same letters in every file where no equation uses the letter:
     Segments are (..., 2), start and end, in feature-grid units: step t of a sequence lies at t.
     s are the settings, but in an equation the scores. A record is a dict of tensors about the same
     N segments: ground truth has "segments" (N, 2) and "labels" (N,), detections and pseudo labels
-    add "scores" (joint) and more.
+    add "scores" (joint) and more; what teaches a batch has other segments too, "rejected" (R, 2).
 """
 import math
 from dataclasses import dataclass

@@ -25,6 +25,8 @@ from plumbing.forms import read_predictions
 from tests import conftest
 from tests.helpers import SHARED, detections, generator, needs_shared, settings, small_detector
 
+LARGEST = 1 - 2 ** -24  # that torch.rand draws
+
 seeded, tiny = conftest.seeded, conftest.tiny  # fixtures
 SOME = (tensor([[2.0, 9.0]]), tensor([1]))  # segments and labels of a video
 NOTHING = (torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
@@ -324,13 +326,21 @@ def test_acp_loss_has_a_gradient_and_ignores_padding(kinds):
         assert (float(losses[0].detach()) > 0) == (instances is None or instances[0] is some)
 
 
-def test_steps_come_one_from_each_part_have_classes_and_read_each_level_between_its_points():
+def test_steps_come_one_from_each_part_have_classes_and_read_each_level_between_its_points(
+        monkeypatch):
     for seed in range(20):
         steps = acp.sample_steps(tensor([400, 40, 7, 1]), 40, generator(seed))
         assert torch.equal(steps[0] // 10, torch.arange(40))
         assert torch.equal(steps[1], torch.arange(40))
         assert steps[2].max() == 6 and not steps[3].any()
+    monkeypatch.setattr(acp, "draws_of_batch", lambda size, generator: torch.full(size, LARGEST))
+    assert torch.equal(acp.sample_steps(tensor([40]), 40, None)[0], torch.arange(40))
     steps, segments, rejected = torch.arange(10), tensor([[0.0, 6], [2, 3]]), tensor([[5.0, 8]])
+    some, nothing = ({"segments": segments[:n], "labels": tensor([4, 1])[:n], "rejected": rejected}
+                     for n in (2, 0))
+    coarse, fine = acp.action_labels(steps.expand(2, 10), [some, nothing], 9)
+    assert fine[1].tolist() == 5 * [9] + 4 * [-1] + [9]  # a labelled video without any action
+    assert torch.equal(coarse, torch.where(fine < 0, -1, (fine < 9).long()))
     classes = acp.step_classes(steps, segments, tensor([4, 1]), rejected, 9)
     assert classes.tolist() == [4, 4, 1, 1, 4, 4, 4, -1, -1, 9]  # -1: rejected, 9: background
     assert acp.step_classes(steps, *NOTHING, NOTHING[0], 9).unique().tolist() == [9]

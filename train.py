@@ -38,6 +38,7 @@ from icd import REFINEMENTS, SCORES
 from plumbing import checkpoints, checks, files, journal, processes, public, resume, runs, settings
 from plumbing.arguments import settings_of, words_of
 from plumbing.inputs import Passes
+from plumbing.listing import SAME
 from plumbing.settings import (
     AtLeast1,
     Count,
@@ -72,7 +73,7 @@ class PretrainSettings(evaluate.DetectionSettings):
     acp_restarts: Width("restarts of K-means [J]") = 10
     acp_tau: Positive("temperature tau [J]") = 0.1
     pretrain_epochs: CountOrNone("stage 1 [S]") = 15
-    lr: Positive("learning rate of AdamW, cosine decay [S]") = 1e-4
+    lr: Positive("learning rate of AdamW [J], cosine decay [S]") = 1e-4
     weight_decay: NotNegative("of the matrices [S]") = 1e-4
     warmup: Share("linear warm-up, as a share of a stage: 5 of 35 epochs [J]") = 0.14
     clip: Positive("gradient norm [J]") = 1.0
@@ -247,9 +248,9 @@ def batch_losses(run, batch, instances, kind):
     if lam < 1:  # MixUp, Table 1
         opposite = s.losses(outputs, instances[::-1], K)
         losses = {key: lam * losses[key] + (1 - lam) * opposite[key] for key in losses}
-    positives = losses["positives"].float().clamp(min=1)
-    momentum = s.t_plus_momentum
-    run.t_plus[kind] = momentum * run.t_plus[kind] + (1 - momentum) * positives
+    positives, t_plus = losses["positives"], run.t_plus[kind]
+    moved = s.t_plus_momentum * t_plus + (1 - s.t_plus_momentum) * positives
+    run.t_plus[kind] = torch.where(positives > 0, moved, t_plus)
     L_acp = torch.zeros((), device=s.device)
     if s.acp != "none" and kind in s.acp_after.split("+"):  # Tab. S4
         L_acp = acp.acp_loss((outputs.levels, outputs.masks), batch["feats"].to(s.device),
@@ -342,7 +343,7 @@ def begin(s, dataset):
 def learning_rate(s, step, total):
     """The learning rate at a step of a stage of `total`: linear warm-up, then cosine decay."""
     warm = max(s.warmup * total, 1)
-    linear = (step + 1) / warm  # up to 1
+    linear = (step + 1) / warm  # over 1 after the warm-up
     done = max(step - warm, 0) / max(total - warm, 1)
     cosine = 0.5 * (1 + math.cos(math.pi * done))
     return s.lr * min(linear, cosine)
@@ -355,7 +356,9 @@ def average_weights(run):
 
 
 def reported(run):
-    """The detector with the weights that the run reports, and that make its pseudo labels."""
+    """The detector with the weights that the run reports, and that make its pseudo labels.
+
+    The paper has no averaged weights."""
     return run.ema if run.s.weights == "ema" else run.detector
 
 
@@ -407,7 +410,7 @@ def pretrain(run, rng):
 def train_icd(run, batch):
     """One step of ICD's own optimiser on all instances of a batch's videos; returns the loss.
 
-    Every process does it all; with --icd none D refines nothing."""
+    Every process does it all; with --icd none its similarities are reported alone."""
     mine = [i for i, name in enumerate(run.bank["videos"]) if name in batch["ids"]]
     with processes.one_draw(run.generator):
         L_icd = icd.icd_loss(run.discriminator, run.bank, mine, run.s.icd_pairs, run.generator)
@@ -441,7 +444,7 @@ def detect_unlabelled(run):
 
 
 def compare_with_labelled(run, selected):
-    """ICD compares detections {id: record} with the labelled instances of their class."""
+    """ICD compares detections {id: record} with the labelled instances of the classes."""
     s = run.s
     run.discriminator.eval()
     bank = run.bank | {"W_b": icd.W_b_of(run.discriminator, run.bank)}
@@ -450,8 +453,7 @@ def compare_with_labelled(run, selected):
         feats = data.load_item(video, run.data, s)["feats"].to(s.device)
         compared[video.id] = icd.compare(
             selected[video.id], run.discriminator, bank, feats, s.icd_pool, s.icd_score)
-    compared = processes.dict_of_all(compared)
-    return {name: compared[name] for name in selected}
+    return processes.dict_of_all(compared)
 
 
 def report_pseudo_labels(run, best=None):
@@ -482,7 +484,8 @@ def joint(run, rng):
     begins, and anew after every s.refresh epochs."""
     s, at, best = run.s, run.at, None
     fresh = not at.done  # an epoch from its start, not resumed amid it
-    if fresh and (run.pseudo is None or s.refresh and at.epoch % s.refresh == 0):
+    due = run.pseudo is None or (s.refresh and at.epoch % s.refresh == 0)
+    if fresh and due:
         detections = detect_unlabelled(run)
         selected, thetas = alqa.select(
             detections, s.theta_l, s.threshold, s.theta_fixed, s.scope)
@@ -509,7 +512,9 @@ def joint(run, rng):
 # ---- The stages, one after the other ------------------------------------------------------------
 
 def begin_stage(run, stage):
-    """Begin a stage, unless the run is in it already; without an epoch to do, save."""
+    """Begin a stage, unless the run is in it already; without an epoch to do, save.
+
+    Each has an optimiser, a warm-up and a decay of its own (not given in the paper)."""
     if stage != run.at.stage:
         run.at = runs.Progress(stage, ema_step=run.at.ema_step)
         run.optimizer = make_optimizer(run.detector, run.s)
@@ -567,7 +572,7 @@ PSEUDO_LABEL = {  # what pseudo_labels.json says of each: by key, the column of 
 def finish(run):
     """Detect on the test videos with the weights of the last epoch; what a run leaves."""
     s, d, out = run.s, run.data, run.folder.path
-    run.trust = {"exclusive": not alqa.classes_share_segments(d.labelled, s.repeat)}
+    run.trust = {"exclusive": not alqa.classes_share_segments(d.labelled, SAME)}
     if d.test:
         journal.report(run, {
             "raw": evaluate.evaluate_detector(run.detector, d, s),

@@ -6,6 +6,7 @@ from plumbing.sources import feature_files
 from plumbing.words import say, short
 
 LEAST_SCORE = 0.3  # of what is listed, where no test says a better one
+SAME = 0.5  # tIoU over which two detections are one
 TIOU = 0.5  # from which a detection that is listed is right
 SCORES = np.arange(1, 20) / 20  # at which the curves are given
 
@@ -46,9 +47,9 @@ def trust_of(ranked):
 # ---- The list -----------------------------------------------------------------------------------
 
 def are_one(a, b):
-    """Whether the tIoU of two segments [start, end] is over 0.5."""
+    """Whether the tIoU of two segments [start, end] is over SAME."""
     starts, ends = zip(a, b)
-    return 2 * (min(ends) - max(starts)) > max(ends) - min(starts)
+    return min(ends) - max(starts) > SAME * (max(ends) - min(starts))
 
 
 def once(actions):

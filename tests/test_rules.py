@@ -169,6 +169,9 @@ def test_exclusive_drops_second_classes_only_where_the_labels_have_none(own):
     assert overlapping("--no-exclusive") and not overlapping("--exclusive")
     actions([labelled], 1, segment=[2.0, 8.0])(own)  # the first's, which is of the other class
     assert overlapping("--exclusive")
+    quick = ("--stage", "supervised", "--acp", "none", "--supervised-epochs", 1, "--repeat", 1)
+    assert train.main(own_argv(own, *quick)) == 0  # without repeats no tIoU is over the setting
+    assert not evaluate.Localizer(own / "run").trust["exclusive"]
     # A repeat within one class, and one of another.
     apart, shared = (SimpleNamespace(segments=tensor([[0.0, 10], [8, 20], last]),
                                      labels=tensor([0, 1, 0])) for last in ([0, 9], [9, 20]))

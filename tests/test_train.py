@@ -88,7 +88,9 @@ def test_a_video_without_pseudo_labels_leaves_the_loss_and_stays_finite(run):
     run.detector.eval()
     both, one = losses_of(run, some, nothing)[0], losses_of(run, some)[0]
     assert both["cls"].item() == pytest.approx(one["cls"].item(), rel=1e-5)
+    before = run.t_plus["unlabelled"]
     losses, _, _ = losses_of(run, nothing, nothing)
+    assert losses["t_plus"] == run.t_plus["unlabelled"] == before < 100
     total = train.objective(losses, losses, run.s)
     total.backward()
     assert total.item() == 0
