@@ -3,8 +3,8 @@
 Input   the detector's raw outputs at the points and their targets; detections of whole videos.
 Output  the classification, regression and quality losses; the joint score; the detections parted
         into positives and candidates.
-Below the paper's equations stand what they are compared with, our own rules, and select(), the
-box ALQA of Fig. 1, which chooses among them.
+Below the paper's equations stand what they are compared with, our own rules, the losses of a batch,
+and select(), the box ALQA of Fig. 1.
 """
 import torch
 import torch.nn.functional as F

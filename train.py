@@ -482,7 +482,7 @@ def joint(run, rng):
     """An epoch of stage 3, Fig. 1: detect on unlabelled videos, ALQA selects, ICD compares and
     refines; labelled videos and pseudo labels teach. Pseudo labels are made as the first epoch
     begins, and anew after every s.refresh epochs."""
-    s, at, best = run.s, run.at, None
+    s, at, best = run.s, run.at, None  # best stays None where pseudo labels are not new
     fresh = not at.done  # an epoch from its start, not resumed amid it
     due = run.pseudo is None or (s.refresh and at.epoch % s.refresh == 0)
     if fresh and due:
@@ -613,6 +613,7 @@ def launch(s):
     warn(dataset.warnings)
     run = begin(s, dataset)
     checks.check_positives(run.detector, dataset, s)
+    # Of a restored pseudo label: a whole number below, or None, any number.
     limits = dict.fromkeys(PSEUDO_LABEL.values()) | {
         "labels": len(dataset.classes), "status": len(icd.STATUS)}
     resume.restore(run, STAGES, limits)
