@@ -202,8 +202,8 @@ def own_minus_other(D, f, labels, bank):
     """The similarity to the predicted class less the largest to another, in [-1, 1].
 
     An answer to the paper's future work (Sec. 5): below 0 another class is more alike, whatever
-    the class, so that two thresholds serve all. What similarity() takes and gives; 0 is taken off where there is no
-    other class."""
+    the class, so that two thresholds serve all. What similarity() takes and gives; 0 is taken off
+    where there is no other class."""
     own = f.new_full((len(f),), torch.nan)
     other = f.new_zeros(len(f))
     W_a_f, W_b_bank = D.W_a(f), W_b_of(D, bank)
