@@ -20,7 +20,7 @@ from plumbing import forms
 from plumbing.files import VIDEOS, read_json, write_json
 from plumbing.runs import guard
 from plumbing.settings import Parser
-from plumbing.words import BadInput, say, several, short
+from plumbing.words import BadInput, say, several, short, warn
 
 SOUND = ("labels", "timeserieslabels")  # Label Studio's labels of times in seconds
 SEGMENT = "FILE1_Z2_XY0"  # as VIA calls what a segment of a recording has
@@ -60,11 +60,16 @@ def segments_of(value, fps, where):
         yield [value["start"], value["end"]]
 
 
+def given_of(task):
+    """The annotations of a task that were submitted."""
+    return [a for a in task.get("annotations", ()) if not a.get("was_cancelled")]
+
+
 def read_task(task, fps, where):
     """The entry of a task in ActivityNet's form.
 
     Of several annotations it is that which is marked as ground truth, else the first."""
-    given = [a for a in task.get("annotations", ()) if not a.get("was_cancelled")]
+    given = given_of(task)
     if not given:
         return {"subset": "training"}
     chosen = next((a for a in given if a.get("ground_truth")), given[0])
@@ -77,7 +82,8 @@ def read_task(task, fps, where):
             continue  # a box, a text, a choice
         duration = value.get("original_length", duration)
         annotations += [{"segment": segment, "label": label}
-                        for segment in segments_of(value, fps, where) for label in value[kinds[0]]]
+                        for segment in segments_of(value, fps, where)
+                        for label in value[kinds[0]] or [None]]
     return {"subset": "training", "duration": duration, "annotations": annotations}
 
 
@@ -89,7 +95,12 @@ def from_label_studio(tasks, fps, where):
         if name in named:
             raise BadInput(f"{where}: two tasks are of the recording {short(name)}")
         named[name] = task
-    return forms.read_each(named, lambda task, place: read_task(task, fps, place), where)
+    found = forms.read_each(named, lambda task, place: read_task(task, fps, place), where)
+    many = [name for name, task in named.items() if len(given_of(task)) > 1]
+    if many:
+        warn([f"{where}: {len(many)} tasks have several annotations; the one marked as ground "
+              f"truth, else the first, is read: {several(many)}"])
+    return found
 
 
 # ---- VIA ----------------------------------------------------------------------------------------
@@ -109,11 +120,15 @@ def via_labels(attributes, values):
     return labels
 
 
-def from_via(project):
-    """{id: entry} of a video project of VIA 3."""
+def from_via(project, where):
+    """{id: entry} of a video project of VIA 3; raises BadInput."""
     files = {number: view["fid_list"][0] for number, view in project["view"].items()}
     names = {number: id_of(project["file"][file]["fname"]) for number, file in files.items()}
-    entries = {name: {"subset": "training"} for name in names.values()}
+    entries = {}
+    for name in names.values():
+        if name in entries:
+            raise BadInput(f"{where}: two views are of a recording named {short(name)}")
+        entries[name] = {"subset": "training"}
     for region in project["metadata"].values():
         if region.get("flg", 0) & DELETED or len(region["z"]) != 2:
             continue  # gone, or of one moment
@@ -133,7 +148,8 @@ def convert(path, fps):
     if not tool:
         raise BadInput(f"{where} is none of Label Studio's (export as JSON) or of VIA 3's")
     try:
-        entries = from_via(content) if tool == "VIA" else from_label_studio(content, fps, where)
+        entries = (from_via(content, where) if tool == "VIA"
+                   else from_label_studio(content, fps, where))
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         reason = short(f"{type(error).__name__} {error}")
         raise BadInput(f"{where} is not as {tool} writes it ({reason})") from None

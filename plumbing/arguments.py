@@ -28,6 +28,11 @@ def settings_of(argv, kind):
         raise BadInput("--dataset must be an annotation file *.json, *.csv or *.tsv, a folder of "
                        f"label tracks or one of {', '.join(known)}, not {shown(dataset)}"
                        f"{nearest(dataset, known)}")
+    of_files = ("root", "annotations", "features", "unlabelled_features")
+    idle = [settings.flag(name) for name in of_files if given.get(name)]
+    if idle and dataset == "toy" and not given.get("resume"):
+        raise BadInput(f"{' and '.join(idle)} cannot go with the toy data: give --dataset too, the "
+                       "file of the annotations")
     if given.get("resume"):
         base = resumed_settings(given["resume"], given, kind)
     else:

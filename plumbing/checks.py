@@ -84,6 +84,29 @@ def check_segments(a, video, where):
                    "such segments out")
 
 
+def left_out(annotations, videos):
+    """What --bad-segments skip leaves out, in words, as a list."""
+    bad = {name: int((~forms.good_segments(a, videos[name].duration)).sum())
+           for name, a in annotations.items()}
+    bad = {name: count for name, count in bad.items() if count}
+    told = f"{sum(bad.values())} segments of {len(bad)} videos, empty or outside: {several(bad, 2)}"
+    return [told] if bad else []
+
+
+def cut_off(annotations, videos):
+    """Yield a warning about segments that begin before their video, or end after it, by more than
+    a window."""
+    cut = {}
+    for name, a in annotations.items():
+        grid, duration = videos[name].grid, videos[name].duration
+        beyond = np.maximum(-a.segments[:, 0], a.segments[:, 1] - duration) > grid.frames / grid.fps
+        if (beyond & forms.good_segments(a, duration)).any():
+            cut[name] = int((beyond & forms.good_segments(a, duration)).sum())
+    if cut:
+        yield (f"{sum(cut.values())} segments of {len(cut)} videos begin before their video or end "
+               f"after it, and are cut there in training: {several(cut)}")
+
+
 def check_spans(videos, annotations, s, dim):
     """Yield warnings where features span another time than the annotations say; raises BadInput.
 
@@ -219,7 +242,10 @@ def look(dataset, videos, annotations, path, s):
     """Yield warnings about a loaded training data set; raises BadInput where it is unusable.
 
     videos, annotations  of all that it takes, {id: Video}, {id: Annotation}"""
+    dataset.ignored += left_out(annotations, videos)
+    yield from cut_off(annotations, videos)
     yield from check_spans(videos, annotations, s, dataset.dim)
+    yield from forms.repeated(annotations) if s.bad_segments == "error" else ()
     yield from check_labelled(dataset.labelled, annotations, path, s)
     yield from check_raw(dataset.labelled, s)
     yield from check_classes(dataset.classes, dataset.missing)
@@ -335,6 +361,7 @@ def odd_predictions(predictions, truth, annotations):
     if silent:
         yield (f"{len(silent)} of {len(truth)} videos of the ground truth have no prediction: "
                f"{several(silent, 2)}")
+    yield from forms.repeated(truth)
     yield from outside(predictions, truth)
     known = {label for a in annotations.values() for label in a.labels}
     labels = [d["label"] for detections in predictions.values() for d in detections]

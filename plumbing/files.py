@@ -2,6 +2,7 @@
 
 Everything from outside is read without executing anything and checked; bad input raises BadInput.
 """
+import fnmatch
 import hashlib
 import json
 import math
@@ -41,9 +42,22 @@ def is_hidden(path):
 
 def files_in(folder, pattern="*"):
     """[(path within it, file)] of the files of a folder and its sub-folders, none of them hidden.
+
+    A link to a folder elsewhere is one of them; one that leads back, or to another of them, is not.
     """
-    found = [(file.relative_to(folder), file) for file in sorted(Path(folder).rglob(pattern))]
-    return [row for row in found if not is_hidden(row[0])]
+    top = os.path.realpath(folder)
+    found = []
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        linked = os.path.islink(place) and place != os.fspath(folder)
+        if real in seen or linked and Path(real).is_relative_to(top):
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(place, name) for name in fnmatch.filter(folders + names, pattern)]
+    rows = [(file.relative_to(folder), file) for file in sorted(found)]
+    return [row for row in rows if not is_hidden(row[0])]
 
 
 # ---- Text and JSON ------------------------------------------------------------------------------
@@ -293,8 +307,10 @@ def odd_cell(lines, between, first):
     """Where a table is none, in words; first: the number of the first of its lines."""
     width = lines[0].count(between) + 1 if lines else 0
     for number, line in enumerate(lines, first):
-        cells = line.split(between) if line.strip() else []
-        if cells and len(cells) != width:
+        cells = line.split(between)
+        if not line.strip():
+            return f"line {number} is empty: a step needs its values"
+        if len(cells) != width:
             return f"line {number} has {len(cells)} columns, those before {width}"
         for column, cell in enumerate(cells, 1):
             try:
@@ -307,9 +323,14 @@ def odd_cell(lines, between, first):
 def read_table(path, key, what):
     """The numbers of a text file, a line a step, with commas, semicolons or tabs between them."""
     lines, between, header = open_table(path, what)
+    while lines and not lines[-1].strip():
+        lines.pop()
     with suppress(ValueError):
         found = np.loadtxt(lines, delimiter=between, ndmin=2, comments=None)
-        if found.size:
+        if header and found.size and len(header) != found.shape[1]:
+            raise BadInput(f"{what} {path}: its header names {len(header)} columns, and its rows "
+                           f"have {found.shape[1]} (a decimal comma? a row number?)")
+        if found.size and len(found) == len(lines):
             return found
     fault = kind_of(path) or odd_cell(lines, between, 2 if header else 1)
     raise BadInput(f"{what} {path} cannot be read: {fault}")
@@ -475,9 +496,16 @@ def sum_all(sources, how):
     """({id: sum_once()}, {id: BadInput}) of all sources; a video that is bad is in the second."""
     sums = {}
     faults = {}
+    named = []  # the columns of the first table that names them
     for name, source in sources.items():
         try:
-            sums[name] = sum_once(source, how, name)
+            found = sum_once(source, how, name)
+            columns = columns_of(source)
+            named = named or columns
+            if columns and columns != named:
+                raise BadInput(f"{place_of(source, name)} has the columns {several(columns)}, "
+                               f"others have {several(named)}")
+            sums[name] = found
         except BadInput as fault:
             faults[name] = fault
     return sums, faults

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.files import read_json, read_text, write_text
-from plumbing.words import BadInput, refuse, several, short, shown
+from plumbing.words import BadInput, refuse, several, short, shown, warn
 
 # ---- Annotations ---------------------------------------------------------------------------------
 
@@ -135,12 +135,18 @@ def read_each(content, read, what):
 
 def annotations_of(entries, ignored, fps, what):
     """{id: Annotation} of the entries of a database; the rest as read_annotations() has it."""
-    ignored = [label.strip() for label in ignored.split(",")]
+    ignored = [label.strip() for label in ignored.split(",") if label.strip()]
 
     def read(entry, where):
         return read_annotation(entry, where, ignored, fps)
 
-    return read_each(entries, read, what)
+    found = read_each(entries, read, what)
+    if ignored:
+        known = {label.strip() for entry in entries.values()
+                 for _, label, _ in read_instances(entry.get("annotations") or [], what)}
+        warn([f"{what} has no label {shown(label)}, which --ignore-labels names; its labels are "
+              f"{several(sorted(known))}" for label in ignored if label not in known])
+    return found
 
 
 def tool_of(content):
@@ -221,6 +227,19 @@ def good_segments(a, duration):
 
     -> (N,) bool"""
     return (np.diff(a.segments)[:, 0] > 0) & half_inside(a.segments, duration)
+
+
+def repeated(annotations):
+    """A warning about instances of {id: Annotation} that are listed more than once, as a list."""
+    twice = {}
+    for name, a in annotations.items():
+        count = len(a.labels) - len({*zip(map(tuple, a.segments.tolist()), a.labels)})
+        if count:
+            twice[name] = count
+    if not twice:
+        return []
+    return [f"{sum(twice.values())} instances of {len(twice)} videos are listed twice, and learned "
+            f"and counted so: {several(twice)}; at most half of two equal ones can be found"]
 
 
 def class_names(annotations):

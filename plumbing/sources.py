@@ -112,6 +112,11 @@ def read_dataset(s):
                        "folder of its features)")
     entries = tables.read_any(path, s.ignore_labels, s.fps)
     sources = {name: feature_file(folder, name, s) for name in entries}
+    first = {}
+    for name, file in sources.items():
+        if first.setdefault(file, name) != name:
+            raise BadInput(f"annotation file {path}: {short(first[file])} and {short(name)} are "
+                           f"one video: both have the feature file {short(file, 150)}")
     return Chosen(path, entries, sources, ignored=tables.unused_columns(path))
 
 
@@ -140,12 +145,36 @@ def labelled_share(chosen, s):
     return s.ratio or (1.0 if every else 0.1)
 
 
+def tell_files_left(chosen, s):
+    """Say which feature files of own data are ignored: those of another kind and, where
+    --unlabelled-features names another folder, here those without an entry, there those with one.
+    """
+    if s.dataset in LAYOUTS:
+        return
+    path, folder = locate(s)
+    here = feature_ids(folder, s)
+    other = [place for place, file in files_in(folder)
+             if file.suffix.lower() in READERS and not file.name.endswith(s.extension)
+             and str(place.with_suffix("")) not in here and file.resolve() != path.resolve()]
+    left = {"feature files of another --extension": other}
+    if s.unlabelled_features not in ("", "none") and Path(s.unlabelled_features) != folder:
+        there = feature_ids(s.unlabelled_features, s)
+        taken = chosen.sources.values()
+        left["feature files without an entry beside the labelled"] = [
+            name for name in here if name not in chosen.entries and here[name] not in taken]
+        left["files of --unlabelled-features that have an entry"] = [
+            name for name in there if name in chosen.entries and there[name] not in taken]
+    chosen.ignored += [f"{len(names)} {what}: {several(names, 2)}"
+                       for what, names in left.items() if names]
+
+
 def take_files_without_entry(chosen, s):
     """Take the feature files without an entry, or say that they are ignored.
 
     Of own data those of the feature folder, if no other is named; of a published data set those
     of --unlabelled-features. Raises BadInput where that has none, or one lacks what its grid needs.
     """
+    tell_files_left(chosen, s)
     own, named = s.dataset not in LAYOUTS, s.unlabelled_features not in ("", "none")
     folder = s.unlabelled_features if named else locate(s)[1]
     taken = set(chosen.sources.values())
@@ -298,7 +327,7 @@ def feature_files(path):
     path = Path(path)
     if not path.is_dir():
         return {path.stem: path}
-    files = [row for row in files_in(path) if row[1].suffix in READERS]
+    files = [row for row in files_in(path) if row[1].suffix.lower() in READERS]
     found = {place.with_suffix("").as_posix(): file for place, file in files}
     if len(found) < len(files) or not files:
         raise BadInput(f"{path} must hold one feature file a video ({', '.join(READERS)})")

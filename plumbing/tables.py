@@ -173,6 +173,7 @@ def entries_of(table, path):
     """{id: entry} of the videos of a Table; raises BadInput, which counts the faults."""
     entries = {}
     faults = {}
+    cells = {}  # {id: what names its recording in the first of its rows}
     for line, row in table.rows:
         name = path.stem
         if "video" in row:
@@ -181,6 +182,10 @@ def entries_of(table, path):
         try:
             if not name:
                 raise BadInput(f"{where} it names no video")
+            first = cells.setdefault(name, row.get("video"))
+            if first != row.get("video"):
+                raise BadInput(f"{where} {shown(row['video'])} is another recording of this name "
+                               f"than {shown(first)}: rename one, or give a column video")
             fill(entries.setdefault(name, {"annotations": []}), row, table.names, where)
         except BadInput as fault:
             faults.setdefault(name, fault)
@@ -208,6 +213,10 @@ def frames_entry(lines, path, fps):
     if not fps:
         raise BadInput(f"annotation file {path} has a label a frame, as its first line "
                        f"{shown(lines[0][1])} has no tab: give --fps")
+    empty = next((i for i, (number, _) in enumerate(lines, 1) if number != i), 0)
+    if empty:
+        raise BadInput(f"annotation file {path}, line {empty} is empty: a frame where nothing "
+                       "happens needs a label too, as background (--ignore-labels background)")
     annotations = []
     first = 0
     for label, group in groupby(line for _, line in lines):
@@ -222,13 +231,19 @@ def read_table(path, fps):
     return entries_of(open_table(path), path)
 
 
+def first_cells(path):
+    """The cells, with tabs between, of the first line of a text file that is no comment."""
+    lines = read_text(path, "annotation file").splitlines()
+    first = next((line.strip(" ") for line in lines if not is_before(line)), "")
+    return [cell.strip('" ') for cell in first.split("\t")]
+
+
 def read_text_file(path, fps):
     """{id: entry} of a text file: a table, or of the video that it is named after a label track
     or a label a frame; raises BadInput."""
     text = read_text(path, "annotation file").splitlines()
     lines = [(number, line.strip(" ")) for number, line in enumerate(text, 1) if line.strip()]
-    first = next((line for _, line in lines if not is_before(line)), "")
-    cells = [cell.strip('" ') for cell in first.split("\t")]
+    cells = first_cells(path)
     if {"start", "end"} <= names_of(cells).keys():
         return read_table(path, fps)
     if lines and len(cells) == 1:
@@ -239,7 +254,9 @@ def read_text_file(path, fps):
 def read_folder(folder, fps):
     """{id: entry} of the text files of a folder and its sub-folders; raises BadInput."""
     found = {}
-    for place, path in files_in(folder, "*.txt"):
+    for place, path in files_in(folder):
+        if path.suffix.lower() != ".txt":
+            continue
         entries = read_text_file(path, fps)
         if entries.keys() == {path.stem}:
             entries = {place.with_suffix("").as_posix(): entries[path.stem]}
@@ -271,7 +288,16 @@ def is_known(path):
 
 def unused_columns(path):
     """What is not read of the table at a path, in words, as a list; [] of other forms."""
-    unused = open_table(path).unused if reader_of(path) is read_table else []
+    path = Path(path)
+    if path.is_dir():
+        others = [place for place, file in files_in(path) if file.suffix.lower() in (
+            ".csv", ".tsv", ".json", ".lab", ".srt")]
+        told = f"{len(others)} files that are no *.txt of {path}: {several(others)}"
+        return [told] if others else []
+    read = reader_of(path)
+    is_table = read is read_table or read is read_text_file and (
+        {"start", "end"} <= names_of(first_cells(path)).keys())
+    unused = open_table(path).unused if is_table else []
     return [f"the column(s) {several(unused)} of {path}"] if unused else []
 
 

@@ -1,0 +1,144 @@
+"""Tests that what a user gives is used, or told."""
+import json
+
+import numpy as np
+import pytest
+
+import train
+from extras import annotations, windows
+from plumbing import files, tables
+from plumbing.words import BadInput
+from tests import users
+from tests.helpers import edit, evaluated, refused
+
+HEAD = "video,start,end,label\n"
+
+
+def told(own, capsys, *more, code=0):
+    """What --check says, first line and warnings."""
+    capsys.readouterr()  # what was said before
+    assert train.main(users.check(own, "--ratio", 0, *more)) == code
+    return "".join(capsys.readouterr())
+
+
+def labels_of(own, *more):
+    """The command line words of a folder of label tracks of the user's data set."""
+    (own / "labels").mkdir()
+    for name in users.NAMES:
+        (own / f"labels/{name}.txt").write_text("2\t8\tA\n12\t20\tB\n")
+    return "--dataset", own / "labels", "--fps", 50, *more
+
+
+def test_two_recordings_of_one_name_are_told(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text(
+        "Observation id,Media file name,Behavior,Start (s),Stop (s)\n"
+        "o1,/d/s1/GX01.MP4,walk,5,24\no2,/d/s2/GX01.MP4,sit,3,9\n")
+    with pytest.raises(BadInput, match="t.csv, line 3, video GX01.*s2/GX01.*s1/GX01"):
+        tables.read_any(tmp_path / "t.csv")
+    via = {"project": {}, "attribute": {}, "metadata": {},
+           "file": {"5": {"fname": "s1/clip.mp4"}, "6": {"fname": "s2/clip.mp4"}},
+           "view": {"1": {"fid_list": ["5"]}, "2": {"fid_list": ["6"]}}}
+    (tmp_path / "via.json").write_text(json.dumps(via))
+    assert annotations.main([str(tmp_path / "via.json"), "--out", str(tmp_path / "new.json")]) == 2
+    assert "clip" in capsys.readouterr().err and not (tmp_path / "new.json").exists()
+
+
+def test_two_entries_of_one_feature_file_are_refused(own, capsys):
+    edit(own, lambda database: database.update({"v10.mp4": database["v0"]}))
+    refused(users.check(own), capsys, "own.json", "v10", "v10.mp4", "v10.npy")
+
+
+@pytest.mark.parametrize("name", ["v2.TXT", "P01"])
+def test_label_files_are_read_whatever_their_case_and_behind_links(own, capsys, name):
+    words = labels_of(own)
+    if name == "P01":
+        for folder, ending in (("labels", "txt"), ("features", "npy")):
+            (own / f"far{folder}").mkdir()
+            (own / f"{folder}/v2.{ending}").rename(own / f"far{folder}/w.{ending}")
+            (own / f"{folder}/P01").symlink_to(own / f"far{folder}")
+        (own / "labels/round").symlink_to(own / "labels")
+    else:
+        (own / "labels/v2.txt").rename(own / "labels" / name)
+    assert "14 labelled, 0 unlabelled" in told(own, capsys, *words)
+
+
+def test_other_files_among_labels_are_told(own, capsys):
+    words = labels_of(own)
+    (own / "labels/v2.txt").rename(own / "labels/v2.tsv")
+    assert "v2.tsv" in told(own, capsys, *words)
+
+
+def test_an_empty_line_among_labels_of_frames_or_steps_is_refused(tmp_path):
+    (tmp_path / "v.txt").write_text("a\na\n\nb\n\n")
+    with pytest.raises(BadInput, match="v.txt, line 3"):
+        tables.read_any(tmp_path / "v.txt", fps=25)
+    (tmp_path / "v.csv").write_text("x,y\n1,2\n\n3,4\n")
+    with pytest.raises(BadInput, match="v.csv.*line 3"):
+        files.read_features(tmp_path / "v.csv", files.Reading(), "v")
+    (tmp_path / "v.csv").write_text("x,y\n1,2\n3,4\n\n\n")
+    assert files.read_features(tmp_path / "v.csv", files.Reading(), "v").shape == (2, 2)
+
+
+@pytest.mark.parametrize("flag", ["--annotations", "--features", "--root", "--unlabelled-features"])
+def test_files_do_not_go_with_the_toy_data(own, capsys, flag):
+    refused(["--check", flag, own / "own.json"], capsys, flag, "--dataset")
+
+
+@pytest.mark.parametrize("content", ["emg\n0,53\n0,61\n", "a,b\n1,.3,.2\n2,.1,.4\n", "t,a,\n1,2\n"])
+def test_a_header_fits_its_rows(tmp_path, content, capsys):
+    (tmp_path / "v.csv").write_text(content)
+    with pytest.raises(BadInput, match="v.csv.*header"):
+        files.read_features(tmp_path / "v.csv", files.Reading(), "v")
+    (tmp_path / "v.csv").write_text(content + content.splitlines()[-1] + "\n")
+    argv = [tmp_path / "v.csv", "--out", tmp_path / "o", "--window", 2]
+    assert windows.main([str(word) for word in argv]) == 2
+
+
+def test_tables_have_their_columns_in_one_order(own, capsys):
+    for name in users.NAMES:
+        head = "gx,gy,ax,ay,az" if name == "v3" else "ax,ay,az,gx,gy"
+        np.savetxt(own / f"features/{name}.csv", np.load(own / f"features/{name}.npy"),
+                   delimiter=",", header=head, comments="")
+    refused(users.check(own, "--extension", ".csv"), capsys, "v3", "gx, gy, ax", "ax, ay, az")
+
+
+def test_instances_that_are_listed_twice_are_told(own, capsys):
+    edit(own, lambda database: database["v11"]["annotations"].append(
+        dict(database["v11"]["annotations"][0])))
+    assert "1 instances of 1 videos are listed twice" in told(own, capsys)
+    argv = users.predict(own, users.perfect(own, users.TESTED))
+    assert evaluated(*argv[1:]) == 0
+    assert "v11" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("label", ["bakground", "a"])
+def test_a_label_to_ignore_that_is_nowhere_is_told(own, capsys, label):
+    text = told(own, capsys, "--ignore-labels", f"{label},B")
+    assert f"no label '{label}'" in text and "no label 'B'" not in text
+
+
+def test_feature_files_that_are_not_taken_are_told(own, capsys):
+    for name in ("v0", "v1"):
+        edit(own, lambda database, name=name: database.pop(name))
+    x = np.load(own / "features/v0.npy")
+    np.savez(own / "features/v0.npz", feats=x)
+    (own / "features/v0.npy").unlink()
+    (own / "features/v1.npy").rename(own / "features/v1.NPY")
+    (own / "far").mkdir()
+    np.save(own / "far/w.npy", x)
+    (own / "features/P01").symlink_to(own / "far")
+    assert "8 labelled, 1 unlabelled, 4 test videos; ignored: 2 feature files" in told(own, capsys)
+    (own / "more").mkdir()
+    for path in ("more/m", "more/v2", "features/loose"):
+        np.save(own / f"{path}.npy", x)
+    text = told(own, capsys, "--unlabelled-features", own / "more")
+    assert "8 labelled, 1 unlabelled" in text and "loose" in text and "v2" in text
+
+
+def test_segments_that_are_left_out_or_cut_are_counted(own, capsys):
+    users.actions(["v1"], 0, segment=[9.0, 9.0])(own)
+    users.actions(["v11"], 0, segment=[20.0, 45.0])(own)
+    users.actions(["v3"], 0, segment=[-4.0, 8.0])(own)
+    text = told(own, capsys, "--bad-segments", "skip")
+    assert "1 segments of 1 videos, empty or outside: v1" in text
+    assert "2 segments of 2 videos begin before" in text
