@@ -167,6 +167,7 @@ def main(argv=None):
         args = parser.parse_args(argv)
         if not 0 <= args.fps < 1e6:
             raise BadInput(f"--fps must be positive, not {args.fps:g}")
+        forms.check_new(args.out)
         entries = convert(args.export, args.fps)
         write_json(args.out, {"database": entries}, indent=1)
         counts = [len(entry["annotations"]) for entry in entries.values() if "annotations" in entry]

@@ -440,6 +440,13 @@ def track_text(found):
 TEXTS = {".json": json_text, ".csv": csv_text, ".srt": srt_text, ".txt": track_text}
 
 
+def check_new(path):
+    """Raise BadInput where the file to write exists: somebody may have corrected it."""
+    if Path(path).exists():
+        raise BadInput(f"--out {path} exists: name another file, or remove it if nobody has "
+                       "corrected it")
+
+
 def check_ending(path, videos):
     """Raise BadInput for an ending that write_found() does not know, or not for several videos."""
     ending = Path(path).suffix

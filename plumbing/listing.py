@@ -91,6 +91,7 @@ def find_actions(localize, args):
     sources = feature_files(args.features)
     if args.out:
         forms.check_ending(args.out, len(sources))
+        forms.check_new(args.out)
     found = {}
     for name, file in sources.items():
         listed, below = actions_of(

@@ -91,6 +91,7 @@ def test_what_is_found_is_written_as_json_csv_and_subtitles(two, tmp_path, capsy
     assert " --> " in first[1]
     np.save(tmp_path / "wide.npy", np.zeros((20, 7)))
     for *bad, words in ((two / "features", "--out", titles, ["found.srt", "one video"]),
+                        (one, "--out", titles, ["found.srt exists"]),
                         (one, "--out", tmp_path / "found.doc", ["found.doc"]),
                         (tmp_path / "wide.npy", ["7 channels", "5"])):
         capsys.readouterr()

@@ -507,8 +507,8 @@ def test_a_run_its_page_and_a_new_video(whole, tmp_path, capsys):
     (tmp_path / "q.json").write_text(json.dumps(
         {"results": {"new": read_result(whole / "p.json")["results"]["v12"]}}))
     argv = ("--checkpoint", run, "--features", new, "--proposals", tmp_path / "q.json")
-    assert main(*argv, "--out", found, "--min-score", 0) == 0
-    assert read_result(found)["results"]["new"]
+    assert main(*argv, "--out", tmp_path / "new.json", "--min-score", 0) == 0
+    assert read_result(tmp_path / "new.json")["results"]["new"]
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
