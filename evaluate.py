@@ -388,6 +388,7 @@ def evaluate_predictions(args):
     predictions = forms.read_predictions(args.pred)
     truth, subset = checks.truth_for(predictions, annotations, args.subset, args.gt)
     warn(checks.odd_predictions(predictions, truth, annotations))
+    warn(forms.never_ignored(annotations, args.ignore_labels or "", args.gt))
     tious = settings.thresholds_of(args.tiou or DetectionSettings.tiou)
     return mean_average_precision(truth, predictions, tious), f"{args.pred}, subset {subset}"
 

@@ -456,8 +456,9 @@ def odd_proposals(found, dataset, s):
     seen = read_json(s.proposals, "prediction file").get("labelled", [])
     if not isinstance(seen, list):
         raise BadInput(f"{where} labelled is {short(seen)}, must be a list of videos")
+    seen = {str(name).removeprefix("v_") for name in seen}
     more = [video.id for video in dataset.unlabelled + dataset.test
-            if video.id in seen or f"v_{video.id}" in seen]
+            if video.id.removeprefix("v_") in seen]
     if more:
         yield (f"{where} the detector that made them has seen the labels of {len(more)} videos "
                f"that are not labelled here: {several(more)}")

@@ -154,9 +154,7 @@ def read_recording(file, name, s):
     if length < s.window:
         raise BadInput(f"recording {file} is shorter than a window: it has {length} rows, and "
                        f"--window is {s.window}")
-    names = [cell.strip(" \"'") for cell in columns_of(file)]
-    if len(names) != width:
-        names = [""] * width
+    names = columns_of(file) or [""] * width
     first, rate, clock = leading_clocks(rows, names, file, s)
     if s.rate:
         rate, clock = s.rate, "by --rate"

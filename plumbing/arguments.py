@@ -29,7 +29,7 @@ def settings_of(argv, kind):
                        f"label tracks or one of {', '.join(known)}, not {shown(dataset)}"
                        f"{nearest(dataset, known)}")
     of_files = ("root", "annotations", "features", "unlabelled_features")
-    idle = [settings.flag(name) for name in of_files if given.get(name)]
+    idle = [settings.flag(name) for name in of_files if given.get(name) not in (None, "", "none")]
     if idle and dataset == "toy" and not given.get("resume"):
         raise BadInput(f"{' and '.join(idle)} cannot go with the toy data: give --dataset too, the "
                        "file of the annotations")

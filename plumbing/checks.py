@@ -4,7 +4,7 @@ from itertools import compress, takewhile
 import numpy as np
 import torch
 
-from plumbing import forms
+from plumbing import forms, sources
 from plumbing.files import columns_of
 from plumbing.processes import process_count
 from plumbing.words import BadInput, several, short, shown
@@ -99,12 +99,14 @@ def cut_off(annotations, videos):
     cut = {}
     for name, a in annotations.items():
         grid, duration = videos[name].grid, videos[name].duration
-        beyond = np.maximum(-a.segments[:, 0], a.segments[:, 1] - duration) > grid.frames / grid.fps
-        if (beyond & forms.good_segments(a, duration)).any():
-            cut[name] = int((beyond & forms.good_segments(a, duration)).sum())
+        window = max(grid.frames, grid.stride) / grid.fps
+        beyond = np.maximum(-a.segments[:, 0], a.segments[:, 1] - duration) > window
+        count = int((beyond & forms.good_segments(a, duration)).sum())
+        if count:
+            cut[name] = count
     if cut:
         yield (f"{sum(cut.values())} segments of {len(cut)} videos begin before their video or end "
-               f"after it, and are cut there in training: {several(cut)}")
+               f"after it, and are cut there where they teach: {several(cut)}")
 
 
 def check_spans(videos, annotations, s, dim):
@@ -245,7 +247,8 @@ def look(dataset, videos, annotations, path, s):
     dataset.ignored += left_out(annotations, videos)
     yield from cut_off(annotations, videos)
     yield from check_spans(videos, annotations, s, dataset.dim)
-    yield from forms.repeated(annotations) if s.bad_segments == "error" else ()
+    if s.dataset not in sources.LAYOUTS and not s.one_class:
+        yield from forms.repeated(annotations)
     yield from check_labelled(dataset.labelled, annotations, path, s)
     yield from check_raw(dataset.labelled, s)
     yield from check_classes(dataset.classes, dataset.missing)
@@ -361,7 +364,6 @@ def odd_predictions(predictions, truth, annotations):
     if silent:
         yield (f"{len(silent)} of {len(truth)} videos of the ground truth have no prediction: "
                f"{several(silent, 2)}")
-    yield from forms.repeated(truth)
     yield from outside(predictions, truth)
     known = {label for a in annotations.values() for label in a.labels}
     labels = [d["label"] for detections in predictions.values() for d in detections]

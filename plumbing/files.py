@@ -43,7 +43,7 @@ def is_hidden(path):
 def files_in(folder, pattern="*"):
     """[(path within it, file)] of the files of a folder and its sub-folders, none of them hidden.
 
-    A link to a folder elsewhere is one of them; one that leads back, or to another of them, is not.
+    Links to folders elsewhere are followed, each folder once; those to a folder within it are not.
     """
     top = os.path.realpath(folder)
     found = []
@@ -55,6 +55,7 @@ def files_in(folder, pattern="*"):
             folders.clear()
             continue
         seen.add(real)
+        folders.sort()  # of two links to one folder the first is taken, on every system
         found += [Path(place, name) for name in fnmatch.filter(folders + names, pattern)]
     rows = [(file.relative_to(folder), file) for file in sorted(found)]
     return [row for row in rows if not is_hidden(row[0])]
@@ -294,13 +295,19 @@ def separator_of(line):
     return next((mark for mark in "\t;" if mark in line), ",")
 
 
-def open_table(path, what):
-    """(the lines of a table below its header, what stands between its cells, the header or [])."""
-    lines = read_text(path, what, MOST_UNPACKED // 8).split("\n")
-    between = separator_of(lines[0])
-    cells = lines[0].split(between)
-    header = cells if is_header(cells, "".join(lines[1:2])) else []
-    return lines[bool(header):], between, header
+def head_of(first, second):
+    """What the first two lines of a table say: (whether the first is no row of it, the names of
+    its columns or [], what stands between its cells).
+
+    A first line that begins with # is no row: a header where it has as many cells, else a title."""
+    is_title = first.startswith("#")
+    between = separator_of(second if is_title else first)
+    names = [cell.strip(" \"'#\n") for cell in first.split(between)]
+    if is_title:
+        fits = len(names) == second.count(between) + 1
+        return True, names if fits else [], between
+    named = is_header(names, second)
+    return named, names if named else [], between
 
 
 def odd_cell(lines, between, first):
@@ -322,25 +329,28 @@ def odd_cell(lines, between, first):
 
 def read_table(path, key, what):
     """The numbers of a text file, a line a step, with commas, semicolons or tabs between them."""
-    lines, between, header = open_table(path, what)
+    lines = read_text(path, what, MOST_UNPACKED // 8).split("\n")
+    above, names, between = head_of(*[*lines, ""][:2])
+    lines = lines[above:]
     while lines and not lines[-1].strip():
         lines.pop()
     with suppress(ValueError):
         found = np.loadtxt(lines, delimiter=between, ndmin=2, comments=None)
-        if header and found.size and len(header) != found.shape[1]:
-            raise BadInput(f"{what} {path}: its header names {len(header)} columns, and its rows "
+        if names and found.size and len(names) != found.shape[1]:
+            raise BadInput(f"{what} {path}: its header names {len(names)} columns, and its rows "
                            f"have {found.shape[1]} (a decimal comma? a row number?)")
         if found.size and len(found) == len(lines):
             return found
-    fault = kind_of(path) or odd_cell(lines, between, 2 if header else 1)
+    fault = kind_of(path) or odd_cell(lines, between, 1 + above)
     raise BadInput(f"{what} {path} cannot be read: {fault}")
 
 
 def columns_of(source):
     """What the header of a table of features calls its columns; [] of another source."""
-    if isinstance(source, np.ndarray) or READERS.get(source.suffix) is not read_table:
+    if isinstance(source, np.ndarray) or READERS.get(source.suffix.lower()) is not read_table:
         return []
-    return open_table(source, "feature file")[2]
+    with reading("feature file", source, NO_ARRAY), open(source, encoding="utf-8-sig") as file:
+        return head_of(file.readline(), file.readline())[1]
 
 
 READERS = {".npy": read_npy, ".npz": read_npz, ".pt": read_pt, ".pth": read_pt,
@@ -392,9 +402,9 @@ def read_features(source, how, name, shape=None):
     if not isinstance(source, np.ndarray):
         what = f"video {short(name)}: feature file"
         check_file(source, what)
-        suffix = Path(source).suffix
+        suffix = Path(source).suffix.lower()
         if suffix not in READERS:
-            reason = IS_VIDEO if suffix.lower() in VIDEOS else kind_of(source)
+            reason = IS_VIDEO if suffix in VIDEOS else kind_of(source)
             raise BadInput(f"{where} is of no kind that is read, {', '.join(READERS)} "
                            f"(--extension){reason and '; '}{reason}")
         with reading(what, source, NO_ARRAY), warnings.catch_warnings(action="ignore"):
@@ -500,7 +510,7 @@ def sum_all(sources, how):
     for name, source in sources.items():
         try:
             found = sum_once(source, how, name)
-            columns = columns_of(source)
+            columns = columns_of(source)[how.skip:]
             named = named or columns
             if columns and columns != named:
                 raise BadInput(f"{place_of(source, name)} has the columns {several(columns)}, "

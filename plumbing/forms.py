@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.files import read_json, read_text, write_text
-from plumbing.words import BadInput, refuse, several, short, shown, warn
+from plumbing.words import BadInput, refuse, several, short, shown
 
 # ---- Annotations ---------------------------------------------------------------------------------
 
@@ -27,6 +27,7 @@ class Annotation:
     labels: list  # N names
     label_ids: list = field(default_factory=list)
     annotated: bool = True  # whether it says what happens; without a segment: nothing does
+    left_out: list = field(default_factory=list)  # labels of --ignore-labels that it has
 
 
 # Names under which public annotation files have the same thing.
@@ -108,8 +109,9 @@ def read_annotation(entry, where, ignored, fps):
     subset = entry.get("subset") or ""
     if not isinstance(subset, str):
         raise BadInput(f"{where} subset must be text, not {shown(subset)}")
-    rows = [row for row in read_instances(items or [], where) if row[1].strip() not in ignored]
-    segments, labels, label_ids = zip(*rows) if rows else ((), (), ())
+    rows = [*read_instances(items or [], where)]
+    kept = [row for row in rows if row[1].strip() not in ignored]
+    segments, labels, label_ids = zip(*kept) if kept else ((), (), ())
     return Annotation(
         subset.strip(),
         positive_number(entry, DURATIONS, where),
@@ -117,7 +119,8 @@ def read_annotation(entry, where, ignored, fps):
         np.array(segments).reshape(-1, 2),
         list(labels),
         list(label_ids),
-        items is not None)
+        items is not None,
+        [label.strip() for _, label, _ in rows if label.strip() in ignored])
 
 
 def read_each(content, read, what):
@@ -133,20 +136,29 @@ def read_each(content, read, what):
     return found
 
 
+def names_in(text):
+    """The names in a text with commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def annotations_of(entries, ignored, fps, what):
     """{id: Annotation} of the entries of a database; the rest as read_annotations() has it."""
-    ignored = [label.strip() for label in ignored.split(",") if label.strip()]
+    ignored = names_in(ignored)
 
     def read(entry, where):
         return read_annotation(entry, where, ignored, fps)
 
-    found = read_each(entries, read, what)
-    if ignored:
-        known = {label.strip() for entry in entries.values()
-                 for _, label, _ in read_instances(entry.get("annotations") or [], what)}
-        warn([f"{what} has no label {shown(label)}, which --ignore-labels names; its labels are "
-              f"{several(sorted(known))}" for label in ignored if label not in known])
-    return found
+    return read_each(entries, read, what)
+
+
+def never_ignored(annotations, ignored, path):
+    """Yield a warning about each label to ignore that no Annotation of a file has left out."""
+    left_out = {label for a in annotations.values() for label in a.left_out}
+    known = {label for a in annotations.values() for label in a.labels}
+    for label in names_in(ignored):
+        if label not in left_out:
+            yield (f"annotation file {path} has no label {shown(label)}, which --ignore-labels "
+                   f"names; its labels are {several(sorted(known))}")
 
 
 def tool_of(content):
@@ -230,7 +242,7 @@ def good_segments(a, duration):
 
 
 def repeated(annotations):
-    """A warning about instances of {id: Annotation} that are listed more than once, as a list."""
+    """A warning about instances of {id: Annotation} that repeat another, as a list."""
     twice = {}
     for name, a in annotations.items():
         count = len(a.labels) - len({*zip(map(tuple, a.segments.tolist()), a.labels)})
@@ -238,8 +250,8 @@ def repeated(annotations):
             twice[name] = count
     if not twice:
         return []
-    return [f"{sum(twice.values())} instances of {len(twice)} videos are listed twice, and learned "
-            f"and counted so: {several(twice)}; at most half of two equal ones can be found"]
+    return [f"{sum(twice.values())} instances of {len(twice)} videos repeat another of the same "
+            f"segment and label, and count as well: {several(twice)}"]
 
 
 def class_names(annotations):

@@ -108,10 +108,9 @@ def one_draw(generator=None, apart=False):
         yield
 
 
-def own_draws(training):
-    """In training one_draw(), with each process's own numbers; else nothing, as nothing is drawn.
-    """
-    return one_draw(apart=True) if training else nullcontext()
+def own_draws(drawing):
+    """one_draw() with each process's own numbers, if any are drawn; else nothing."""
+    return one_draw(apart=True) if drawing else nullcontext()
 
 
 def sum_gradients(network):

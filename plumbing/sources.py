@@ -117,7 +117,7 @@ def read_dataset(s):
         if first.setdefault(file, name) != name:
             raise BadInput(f"annotation file {path}: {short(first[file])} and {short(name)} are "
                            f"one video: both have the feature file {short(file, 150)}")
-    return Chosen(path, entries, sources, ignored=tables.unused_columns(path))
+    return Chosen(path, entries, sources, ignored=tables.unused(path, set(sources.values())))
 
 
 def take_training(chosen, s):
@@ -146,20 +146,22 @@ def labelled_share(chosen, s):
 
 
 def tell_files_left(chosen, s):
-    """Say which feature files of own data are ignored: those of another kind and, where
-    --unlabelled-features names another folder, here those without an entry, there those with one.
-    """
+    """Say which feature files of own data are ignored.
+
+    Those of another kind that lie beside none of the same name and, where --unlabelled-features
+    names another folder, here those without an entry, there those with one."""
     if s.dataset in LAYOUTS:
         return
     path, folder = locate(s)
     here = feature_ids(folder, s)
+    beside = {str(file).removesuffix(s.extension) for file in here.values()}
     other = [place for place, file in files_in(folder)
              if file.suffix.lower() in READERS and not file.name.endswith(s.extension)
-             and str(place.with_suffix("")) not in here and file.resolve() != path.resolve()]
+             and str(file.with_suffix("")) not in beside and file.resolve() != path.resolve()]
     left = {"feature files of another --extension": other}
     if s.unlabelled_features not in ("", "none") and Path(s.unlabelled_features) != folder:
         there = feature_ids(s.unlabelled_features, s)
-        taken = chosen.sources.values()
+        taken = set(chosen.sources.values())
         left["feature files without an entry beside the labelled"] = [
             name for name in here if name not in chosen.entries and here[name] not in taken]
         left["files of --unlabelled-features that have an entry"] = [
@@ -177,9 +179,10 @@ def take_files_without_entry(chosen, s):
     tell_files_left(chosen, s)
     own, named = s.dataset not in LAYOUTS, s.unlabelled_features not in ("", "none")
     folder = s.unlabelled_features if named else locate(s)[1]
-    taken = set(chosen.sources.values())
+    there = filter(os.path.exists, chosen.sources.values())
+    taken = set(map(os.path.realpath, there))  # behind links, too
     loose = {name: file for name, file in feature_ids(folder, s).items()
-             if name not in chosen.entries and file not in taken}
+             if name not in chosen.entries and os.path.realpath(file) not in taken}
     if named and not loose:
         raise BadInput(f"--unlabelled-features {short(folder, 150)} holds no file {s.prefix}<id>"
                        f"{s.extension} without an annotation entry")
@@ -213,7 +216,7 @@ def hint_at_files(folder, name):
             hint = f"--prefix {short(bare.removesuffix(stem))}"
         elif stem.endswith(bare):
             hint = f"the ids have the prefix {short(stem.removesuffix(bare))}, the files not"
-        if hint and file.suffix in READERS and not is_hidden(Path(file.name)):
+        if hint and file.suffix.lower() in READERS and not is_hidden(Path(file.name)):
             hints.append((max(len(bare), len(stem)), f"; there is {short(file.name)}: {hint}"))
     return min(hints, default=(0, ""))[1]
 
@@ -302,6 +305,7 @@ def choose_test_data(s):
 def choose_training_data(s):
     """The Chosen of training and of its test; raises BadInput."""
     chosen = read_dataset(s)
+    chosen.warnings += forms.never_ignored(chosen.entries, s.ignore_labels, chosen.path)
     take_training(chosen, s)
     trained = (chosen.annotated | chosen.bare).keys()
     there = forms.in_subset(chosen.entries, s.test_subset) or chosen.entries.keys() - trained

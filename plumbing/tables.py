@@ -184,8 +184,8 @@ def entries_of(table, path):
                 raise BadInput(f"{where} it names no video")
             first = cells.setdefault(name, row.get("video"))
             if first != row.get("video"):
-                raise BadInput(f"{where} {shown(row['video'])} is another recording of this name "
-                               f"than {shown(first)}: rename one, or give a column video")
+                raise BadInput(f"{where} {shown(row['video'])} and {shown(first)} have one name: "
+                               "write one path if they are one recording, else rename one")
             fill(entries.setdefault(name, {"annotations": []}), row, table.names, where)
         except BadInput as fault:
             faults.setdefault(name, fault)
@@ -216,7 +216,8 @@ def frames_entry(lines, path, fps):
     empty = next((i for i, (number, _) in enumerate(lines, 1) if number != i), 0)
     if empty:
         raise BadInput(f"annotation file {path}, line {empty} is empty: a frame where nothing "
-                       "happens needs a label too, as background (--ignore-labels background)")
+                       "happens needs a label too, as background (--ignore-labels background); a "
+                       "file without labels does not belong into the folder")
     annotations = []
     first = 0
     for label, group in groupby(line for _, line in lines):
@@ -231,24 +232,33 @@ def read_table(path, fps):
     return entries_of(open_table(path), path)
 
 
-def first_cells(path):
-    """The cells, with tabs between, of the first line of a text file that is no comment."""
-    lines = read_text(path, "annotation file").splitlines()
-    first = next((line.strip(" ") for line in lines if not is_before(line)), "")
+def lines_of(path):
+    """The lines of a text file without blanks at their ends; raises BadInput."""
+    text = read_text(path, "annotation file")
+    return [line.strip(" ") for line in text.splitlines()]
+
+
+def first_cells(lines):
+    """The cells, with tabs between, of the first line that is no comment."""
+    first = next((line for line in lines if not is_before(line)), "")
     return [cell.strip('" ') for cell in first.split("\t")]
+
+
+def has_header(lines):
+    """Whether the lines of a text file are a table's, which has columns for start and end."""
+    return {"start", "end"} <= names_of(first_cells(lines)).keys()
 
 
 def read_text_file(path, fps):
     """{id: entry} of a text file: a table, or of the video that it is named after a label track
     or a label a frame; raises BadInput."""
-    text = read_text(path, "annotation file").splitlines()
-    lines = [(number, line.strip(" ")) for number, line in enumerate(text, 1) if line.strip()]
-    cells = first_cells(path)
-    if {"start", "end"} <= names_of(cells).keys():
+    lines = lines_of(path)
+    if has_header(lines):
         return read_table(path, fps)
-    if lines and len(cells) == 1:
-        return {path.stem: frames_entry(lines, path, fps)}
-    return {path.stem: {"annotations": []}} | entries_of(track_of(lines), path)
+    written = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if written and len(first_cells(lines)) == 1:
+        return {path.stem: frames_entry(written, path, fps)}
+    return {path.stem: {"annotations": []}} | entries_of(track_of(written), path)
 
 
 def read_folder(folder, fps):
@@ -286,19 +296,21 @@ def is_known(path):
     return path.suffix.lower() == ".json" or reader_of(path) is not None
 
 
-def unused_columns(path):
-    """What is not read of the table at a path, in words, as a list; [] of other forms."""
+def unused(path, used=()):
+    """What is not read of annotations, in words, as a list: columns of a table, other files of a
+    folder.
+
+    used: the folder's files that something else reads"""
     path = Path(path)
     if path.is_dir():
-        others = [place for place, file in files_in(path) if file.suffix.lower() in (
-            ".csv", ".tsv", ".json", ".lab", ".srt")]
+        others = [place for place, file in files_in(path) if file not in used
+                  and file.suffix.lower() in (".csv", ".tsv", ".json", ".lab", ".srt")]
         told = f"{len(others)} files that are no *.txt of {path}: {several(others)}"
         return [told] if others else []
     read = reader_of(path)
-    is_table = read is read_table or read is read_text_file and (
-        {"start", "end"} <= names_of(first_cells(path)).keys())
-    unused = open_table(path).unused if is_table else []
-    return [f"the column(s) {several(unused)} of {path}"] if unused else []
+    is_table = read is read_table or read is read_text_file and has_header(lines_of(path))
+    names = open_table(path).unused if is_table else []
+    return [f"the column(s) {several(names)} of {path}"] if names else []
 
 
 def read_any(path, ignored="", fps=0):

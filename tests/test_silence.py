@@ -6,10 +6,10 @@ import pytest
 
 import train
 from extras import annotations, windows
-from plumbing import files, tables
+from plumbing import files, sources, tables
 from plumbing.words import BadInput
 from tests import users
-from tests.helpers import edit, evaluated, refused
+from tests.helpers import edit, evaluated, refused, settings
 
 HEAD = "video,start,end,label\n"
 
@@ -105,10 +105,7 @@ def test_tables_have_their_columns_in_one_order(own, capsys):
 def test_instances_that_are_listed_twice_are_told(own, capsys):
     edit(own, lambda database: database["v11"]["annotations"].append(
         dict(database["v11"]["annotations"][0])))
-    assert "1 instances of 1 videos are listed twice" in told(own, capsys)
-    argv = users.predict(own, users.perfect(own, users.TESTED))
-    assert evaluated(*argv[1:]) == 0
-    assert "v11" in capsys.readouterr().err
+    assert "1 instances of 1 videos repeat another" in told(own, capsys)
 
 
 @pytest.mark.parametrize("label", ["bakground", "a"])
@@ -142,3 +139,74 @@ def test_segments_that_are_left_out_or_cut_are_counted(own, capsys):
     text = told(own, capsys, "--bad-segments", "skip")
     assert "1 segments of 1 videos, empty or outside: v1" in text
     assert "2 segments of 2 videos begin before" in text
+
+
+@pytest.mark.parametrize("named", ["a", "b"])
+def test_a_file_behind_two_links_is_one_video(own, capsys, named):
+    (own / "far").mkdir()
+    for name in users.TESTED:
+        (own / f"features/{name}.npy").rename(own / f"far/{name}.npy")
+    for link in "ab":
+        (own / "features" / link).symlink_to(own / "far")
+    edit(own, lambda database: database.update(
+        {f"{named}/{name}": database.pop(name) for name in users.TESTED}))
+    assert "0 unlabelled, 4 test videos; ignored: nothing" in told(own, capsys)
+
+
+def test_headers_are_alike_whatever_their_blanks_and_what_is_skipped(own, capsys):
+    for name in users.NAMES:
+        head = "clock, ax,ay,az,gx" if name == "v3" else "time,ax,ay,az,gx"
+        np.savetxt(own / f"features/{name}.csv", np.load(own / f"features/{name}.npy"),
+                   delimiter=",", header=head, comments="")
+    text = told(own, capsys, "--extension", ".csv", "--skip-columns", 1)
+    assert "of 4 channels: ax, ay, az, gx" in text
+
+
+@pytest.mark.parametrize(("first", "names"), [
+    ("# recorded at home", []), ("# x, y", ["x", "y"]), ("x,y", ["x", "y"]), ("0.5,1", [])])
+def test_the_first_line_of_a_table(tmp_path, first, names):
+    (tmp_path / "v.csv").write_text(f"{first}\n1,2\n3,4\n")
+    found = files.read_features(tmp_path / "v.csv", files.Reading(), "v")
+    assert len(found) == (3 if first == "0.5,1" else 2)
+    assert files.columns_of(tmp_path / "v.csv") == names
+
+
+def test_a_window_beyond_the_end_is_no_cut(own, capsys):
+    users.actions(["v1"], 2, segment=[28.0, 32.8])(own)
+    assert "cut there" not in told(own, capsys, "--frames", 1)
+    assert "cut there" in told(own, capsys, "--frames", 1, "--stride", 10, "--trust-grid")
+
+
+def test_what_is_used_is_not_told_as_ignored(own, capsys):
+    words = labels_of(own)
+    for name in users.NAMES:
+        x = np.load(own / f"features/{name}.npy")
+        np.savetxt(own / f"labels/f_{name}.csv", x, delimiter=",")
+        np.savez(own / f"labels/f_{name}.npz", feats=x)
+    found = told(own, capsys, *words, "--prefix", "f_", "--extension", ".csv",
+                 "--features", own / "labels")
+    assert "ignored: nothing" in found
+
+
+def test_of_one_class_no_instance_repeats_another(own, capsys):
+    edit(own, lambda database: database["v0"]["annotations"].append(
+        database["v0"]["annotations"][0] | {"label": "C"}))
+    assert "repeat" not in told(own, capsys, "--one-class")
+
+
+def test_labels_to_ignore_are_told_where_they_are_typed(own, capsys):
+    argv = users.predict(own, users.perfect(own, users.TESTED))
+    assert evaluated(*argv[1:], "--ignore-labels", "bakground") == 0
+    assert "bakground" in capsys.readouterr().err
+    s = settings(*users.check(own, "--ignore-labels", "bakground", "--test-subset", "validation"))
+    assert sources.choose_test_data(s).warnings == [] and not capsys.readouterr().err
+
+
+def test_feature_files_of_any_case(own, capsys):
+    for file in (own / "features").glob("*.npy"):
+        file.rename(file.with_suffix(".NPY"))
+    assert "4 test videos" in told(own, capsys, "--extension", ".NPY")
+
+
+def test_no_unlabelled_features_go_with_the_toy_data():
+    assert settings("--unlabelled-features", "none").dataset == "toy"

@@ -94,9 +94,9 @@ def test_what_else_a_table_says(tmp_path):
     assert [(a.subset, a.duration, a.fps) for a in found.values()] == [
         ("training", 60.0, 30.0), ("validation", None, 30.0), ("", None, 30.0)]
     assert all(a.annotated for a in found.values())
-    [note] = tables.unused_columns(tmp_path / "my.csv")
+    [note] = tables.unused(tmp_path / "my.csv")
     assert note == f"the column(s) note of {tmp_path / 'my.csv'}"
-    [other] = tables.unused_columns(tmp_path)
+    [other] = tables.unused(tmp_path)
     assert other == f"1 files that are no *.txt of {tmp_path}: my.csv"
     assert read(tmp_path, "video,start,end,label") == {}
 
