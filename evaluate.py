@@ -340,12 +340,10 @@ class Localizer:
         self.classes = content["classes"]
         self.mean, self.std = content["mean"], content["std"]
         self.seen = content.get("fingerprint", {})  # the training videos, where it names them
-        self.trust = content.get("trust") or {}  # how far its list can be trusted
-        part = checkpoints.WEIGHTS[self.s.weights]
-        if part not in content:
-            raise BadInput(f"the checkpoint has no {self.s.weights} weights")
+        self.trust = checkpoints.trust_of(content, self.s.weights)
+        warn(checkpoints.unfinished(content, path))
         self.detector = self.s.build(len(self.mean), len(self.classes)).to(device)
-        self.detector.load_state_dict(content[part])
+        self.detector.load_state_dict(checkpoints.weights_of(content, self.s.weights))
 
     def __call__(self, feats, duration=None, name="the video"):
         """Find the actions of a video, best joint score first.
@@ -354,13 +352,20 @@ class Localizer:
         duration  seconds; without it the features' span
         ->        segments (N, 2) in seconds, N labels, scores (N,)
         Raises BadInput for another D."""
+        return self.find(self.open(feats, duration, name))
+
+    def open(self, feats, duration, name):
+        """The Video of such features; raises BadInput."""
         if not isinstance(feats, (str, Path)):
             feats = np.asarray(feats)
         sums = sum_features(feats, self.s.reading(), name)
         checks.check_new_video(name, len(sums.mean), len(self.mean), duration, self.s.stride)
         note = forms.unknown_video(duration, self.fps)
-        video = place_video(name, note, feats, sums.steps, self.s)
-        record = with_seconds(detect(self.detector, [video], self, self.s)[name], video)
+        return place_video(name, note, feats, sums.steps, self.s)
+
+    def find(self, video):
+        """What __call__() gives, of a Video."""
+        record = with_seconds(detect(self.detector, [video], self, self.s)[video.id], video)
         labels = [self.classes[label] for label in record["labels"]]
         return record["segments"].numpy(), labels, record["scores"].numpy()
 

@@ -322,7 +322,7 @@ def begin(s, dataset):
     """A new Run."""
     torch.manual_seed(s.seed)
     detector = s.build(dataset.dim, len(dataset.classes)).to(s.device)
-    if s.init:
+    if s.init and not s.resume:
         say(public.take_weights(detector, s.init, dataset.classes))
     discriminator = icd.Discriminator(dataset.dim, s.icd_hidden, s.icd_dropout).to(s.device)
     labelled = (data.load_item(video, dataset, s) for video in dataset.labelled)

@@ -23,10 +23,10 @@ import numpy as np
 from evaluate import assign, interpolated_ap, toolkits_tiou
 from icd import STATUS
 from plumbing import checks, forms
-from plumbing.files import read_json, write_json
+from plumbing.files import check_replaced, read_json, write_json
 from plumbing.runs import guard
 from plumbing.settings import Parser, thresholds_of
-from plumbing.words import BadInput, say, short, shown, warn
+from plumbing.words import BadInput, say, several, short, shown, warn
 
 TYPES = ("true positive", "double", "localization", "confusion", "wrong label", "background")
 TRUE, DOUBLE, LOCALIZATION, CONFUSION, WRONG_LABEL, BACKGROUND = range(6)
@@ -610,7 +610,16 @@ def judge_pseudo_labels(folder, config, path):
     if not pseudo.keys() & hidden.keys():
         raise BadInput(f"--hidden {path} annotates none of the {len(pseudo)} videos that "
                        f"{folder / 'pseudo_labels.json'} has")
+    lacking = pseudo.keys() - hidden.keys()
+    if lacking:
+        warn([f"--hidden {path} lacks {len(lacking)} of {len(pseudo)} videos with pseudo labels, "
+              f"which are not judged: {several(sorted(lacking))}"])
     return pseudo_reliability(hidden, pseudo)
+
+
+def truth_of(videos):
+    """The annotated test videos of a run, of what read_videos() gives."""
+    return {name: a for name, a in videos.items() if a.subset == "test" and a.annotated}
 
 
 def read_results(folder, videos):
@@ -618,7 +627,7 @@ def read_results(folder, videos):
 
     videos  as read_videos() has them
     ->      {video: Annotation}, {video: [{"label", "score", "segment"}]}"""
-    truth = {name: a for name, a in videos.items() if a.subset == "test" and a.annotated}
+    truth = truth_of(videos)
     if not truth:
         raise BadInput(f"{folder / 'videos.json'} has no test video with annotations")
     found = forms.read_predictions(folder / "predictions.json")
@@ -745,6 +754,8 @@ def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
     with guard() as stop:
         args = arguments_of(argv)
+        if args.out:
+            check_replaced(args.out, '"errors"', "file of an analysis")
         analysis = analyse_run(args) if args.run else analyse_files(args)
         if args.out:
             write_json(args.out, analysis)

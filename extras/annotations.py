@@ -65,25 +65,36 @@ def given_of(task):
     return [a for a in task.get("annotations", ()) if not a.get("was_cancelled")]
 
 
-def read_task(task, fps, where):
-    """The entry of a task in ActivityNet's form.
-
-    Of several annotations it is that which is marked as ground truth, else the first."""
+def regions_of(task):
+    """The regions of a task: of several annotations of that which is marked as ground truth, else
+    of the first."""
     given = given_of(task)
-    if not given:
+    chosen = [a for a in given if a.get("ground_truth")] or given
+    return chosen[0]["result"] if chosen else []
+
+
+def labels_of(value):
+    """The labels that a region's value has for a time; None of a box, a text, a choice."""
+    kinds = [kind for kind in ("timelinelabels", *SOUND) if kind in value]
+    if not kinds or not {"ranges", "start"} & value.keys():
+        return None
+    return value[kinds[0]] or [None]
+
+
+def read_task(task, fps, where):
+    """The entry of a task in ActivityNet's form."""
+    if not given_of(task):
         return {"subset": "training"}
-    chosen = next((a for a in given if a.get("ground_truth")), given[0])
     annotations = []
     duration = None
-    for region in chosen["result"]:
+    for region in regions_of(task):
         value = region["value"]
-        kinds = [kind for kind in ("timelinelabels", *SOUND) if kind in value]
-        if not kinds or not {"ranges", "start"} & value.keys():
-            continue  # a box, a text, a choice
+        labels = labels_of(value)
+        if labels is None:
+            continue
         duration = value.get("original_length", duration)
         annotations += [{"segment": segment, "label": label}
-                        for segment in segments_of(value, fps, where)
-                        for label in value[kinds[0]] or [None]]
+                        for segment in segments_of(value, fps, where) for label in labels]
     return {"subset": "training", "duration": duration, "annotations": annotations}
 
 
@@ -95,12 +106,20 @@ def from_label_studio(tasks, fps, where):
         if name in named:
             raise BadInput(f"{where}: two tasks are of the recording {short(name)}")
         named[name] = task
-    found = forms.read_each(named, lambda task, place: read_task(task, fps, place), where)
-    many = [name for name, task in named.items() if len(given_of(task)) > 1]
+    return forms.read_each(named, lambda task, place: read_task(task, fps, place), where)
+
+
+def odd_tasks(tasks, where):
+    """Yield warnings about what is left out of tasks that can be read."""
+    many = [recording_of(task) for task in tasks if len(given_of(task)) > 1]
     if many:
-        warn([f"{where}: {len(many)} tasks have several annotations; the one marked as ground "
-              f"truth, else the first, is read: {several(many)}"])
-    return found
+        yield (f"{where}: {len(many)} tasks have several annotations; the one marked as ground "
+               f"truth, else the first, is read: {several(many)}")
+    regions = [region for task in tasks for region in regions_of(task)]
+    kinds = [region.get("type") for region in regions if labels_of(region["value"]) is None]
+    if kinds:
+        yield (f"{where}: {len(kinds)} regions have no label of a time and are left out, of the "
+               f"kinds {several(sorted(set(map(str, kinds))))}")
 
 
 # ---- VIA ----------------------------------------------------------------------------------------
@@ -120,6 +139,20 @@ def via_labels(attributes, values):
     return labels
 
 
+def regions_left(project):
+    """The regions of a project that nobody has deleted."""
+    return [r for r in project["metadata"].values() if not r.get("flg", 0) & DELETED]
+
+
+def odd_regions(project, fps, where):
+    """Yield warnings about what is left out of a project that can be read."""
+    other = [region for region in regions_left(project) if len(region["z"]) != 2]
+    if other:
+        yield f"{where}: {len(other)} regions are no segments, as of one moment, and are left out"
+    if fps:
+        yield f"{where}: its times are in seconds: --fps is not used"
+
+
 def from_via(project, where):
     """{id: entry} of a video project of VIA 3; raises BadInput."""
     files = {number: view["fid_list"][0] for number, view in project["view"].items()}
@@ -129,9 +162,9 @@ def from_via(project, where):
         if name in entries:
             raise BadInput(f"{where}: two views are of a recording named {short(name)}")
         entries[name] = {"subset": "training"}
-    for region in project["metadata"].values():
-        if region.get("flg", 0) & DELETED or len(region["z"]) != 2:
-            continue  # gone, or of one moment
+    for region in regions_left(project):
+        if len(region["z"]) != 2:
+            continue  # of one moment, or of the whole recording
         found = entries[names[region["vid"]]].setdefault("annotations", [])
         labels = via_labels(project["attribute"], region["av"])
         found += [{"segment": region["z"], "label": label} for label in labels or [None]]
@@ -154,6 +187,7 @@ def convert(path, fps):
         reason = short(f"{type(error).__name__} {error}")
         raise BadInput(f"{where} is not as {tool} writes it ({reason})") from None
     forms.annotations_of(entries, "", 0, where)  # raises what reading it would
+    warn(odd_regions(content, fps, where) if tool == "VIA" else odd_tasks(content, where))
     return entries
 
 

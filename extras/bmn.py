@@ -34,14 +34,14 @@ import data
 import evaluate
 import model
 import train
-from plumbing import forms
-from plumbing.files import write_json
+from plumbing import checkpoints, forms
+from plumbing.files import check_replaced, write_json
 from plumbing.inputs import Input
 from plumbing.processes import means_of_all
 from plumbing.runs import guard
 from plumbing.settings import Nothing, NotNegative, Parser, Width, parser_of
 from plumbing.sources import feature_files, whole_paths
-from plumbing.words import BadInput, say
+from plumbing.words import BadInput, say, several, warn
 
 GROUPS = 4  # of the grouped convolutions [B]
 MOST_STEPS = 512  # of a window: a map has as many rows and columns
@@ -592,7 +592,14 @@ def evaluate_proposals(path, annotations, subset):
     truth = {name: a.segments for name, a in wanted.items() if a.annotated and len(a.labels)}
     if not truth:
         raise BadInput(f"annotation file {annotations}: the subset {subset!r} holds no instance")
-    result = average_recall(truth, read_proposals(path))
+    proposals = read_proposals(path)
+    without = [name for name in truth if name not in proposals]
+    if without:
+        told = f"{len(without)} of {len(truth)} test videos have no proposal: {several(without)}"
+        if len(without) == len(truth):
+            raise BadInput(f"prediction file {path}: {told}")
+        warn([told])
+    result = average_recall(truth, proposals)
     at = [f"AR@{n} {100 * result['average_recall'][n - 1]:.2f}" for n in (1, 5, 10, 50, 100)]
     return f"{'  '.join(at)}  area {result['area']:.2f}"
 
@@ -611,25 +618,26 @@ class Proposing(nn.Module):
 
 
 def proposals_of_run(trained):
-    """({id: proposals}, labelled ids) of all videos of a run, best score first, in seconds.
+    """{id: proposals} of all videos of a run, best score first, in seconds.
 
     trained  an evaluate.Localizer of Proposing"""
     dataset = data.training_data(trained.s)
+    warn(dataset.warnings)
     labelled = [data.blind(video) for video in dataset.labelled]
     videos = labelled + dataset.unlabelled + dataset.test
     records = evaluate.detect(trained.detector, videos, dataset, trained.s)
     columns = {"score": "scores", "segment": "segments"}
-    return evaluate.export(videos, records, columns, {}), [video.id for video in labelled]
+    return evaluate.export(videos, records, columns, {})
 
 
 def proposals_of_files(trained, path):
-    """({id: proposals}, []) of a new video's feature file, or of a folder of them."""
+    """{id: proposals} of a new video's feature file, or of a folder of them."""
     found = {}
     for name, file in feature_files(path).items():
         segments, _, scores = trained(file, name=name)
         found[name] = [{"score": score, "segment": segment}
                        for score, segment in zip(scores.tolist(), segments.tolist())]
-    return found, []
+    return found
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -652,15 +660,17 @@ def export_proposals(argv):
         given = {name: value for name, value in vars(args).items() if value is not None}
         if "checkpoint" not in given:
             raise BadInput("--export-proposals needs the run of a detector: --checkpoint")
+        check_replaced(args.export_proposals, '"labelled"', "file of proposals")
         new = "features" in given and not given.keys() & {*moved}
         own = ("export_proposals", "checkpoint", *(["features"] if new else []))
         changes = {name: value for name, value in given.items() if name not in own}
         changes["min_score"] = 0.0  # what is no action is needed too
         trained = evaluate.Localizer(args.checkpoint, Settings, **whole_paths(changes))
         trained.detector = Proposing(trained.detector)
-        found, labelled = (proposals_of_files(trained, args.features) if new
-                           else proposals_of_run(trained))
-        content = forms.result_format(found, {}) | {"labelled": labelled}
+        found = (proposals_of_files(trained, args.features) if new
+                 else proposals_of_run(trained))
+        labelled = checkpoints.load(args.checkpoint, Settings).get("labelled", [])
+        content = forms.result_format(found, {}) | {"labelled": [] if new else labelled}
         write_json(args.export_proposals, content)
         say(f"{args.export_proposals}: {sum(map(len, found.values()))} proposals of {len(found)} "
             "videos")
@@ -680,21 +690,26 @@ def show_proposals(argv):
     return stop.code
 
 
+def flags_of(argv):
+    """The flags of a command line, however they are written."""
+    return {str(word).partition("=")[0].replace("_", "-") for word in argv}
+
+
 def train_or_evaluate(argv, kind):
     """The command line of a detector as train.py's, or with --checkpoint as evaluate.py's.
 
     kind  the class of its settings
     ->    the exit code, 2 for bad input"""
-    program = evaluate if "--checkpoint" in argv else train
+    program = evaluate if "--checkpoint" in flags_of(argv) else train
     return program.main(argv, kind)
 
 
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
     argv = sys.argv[1:] if argv is None else argv
-    if "--export-proposals" in argv:
+    if "--export-proposals" in flags_of(argv):
         return export_proposals(argv)
-    if "--proposals" in argv:
+    if "--proposals" in flags_of(argv):
         return show_proposals(argv)
     return train_or_evaluate(argv, Settings)
 

@@ -202,6 +202,9 @@ def write_export(run, path):
     Raises BadInput, also for a difference over MOST, and writes nothing then."""
     path = Path(path)
     check_kind(path)
+    beside = path.with_suffix(".json")
+    if path.suffix == ".pt2" and beside.exists() and not path.exists():
+        raise BadInput(f"{beside} exists, which {path} would replace: name another --out")
     localize = Localizer(run, device="cpu", precision="float32")
     portable = Portable(localize).eval()
     told = about(localize)

@@ -4,7 +4,6 @@
 
 What it shows is the network as the checkpoint has it: train.py starts it at the end of stage 1.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from extras import bmn, pgcn, spot
 from plumbing import checkpoints
 from plumbing.files import read_json, write_json
 from plumbing.runs import guard
+from plumbing.settings import Parser
 from plumbing.words import say
 
 OTHERS = (bmn.Settings, pgcn.Settings, spot.Settings)  # of other detectors
@@ -35,7 +35,7 @@ def read_run(folder):
     others = [kind for kind in OTHERS if kind.__annotations__.keys() <= config.keys()]
     kind = others[0] if others else train.Settings
     checkpoint = checkpoints.load(folder / "checkpoint.pt", kind)
-    s = kind(**checkpoint["settings"])
+    s = kind(**checkpoint["settings"] | {"resume": ""})  # begin() takes what it began with
     dataset = data.training_data(s)
     after = s.build(dataset.dim, len(dataset.classes)).to(s.device)
     after.load_state_dict(checkpoint["detector"])
@@ -96,10 +96,10 @@ def write_representation(folder):
 
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="the folder that train.py wrote, its --out")
-    args = parser.parse_args(argv)
     with guard() as stop:
+        args = parser.parse_args(argv)
         say(f"{write_representation(args.run)} is written: python -m extras.viewer shows it")
     return stop.code
 

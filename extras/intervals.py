@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from extras.analysis import (
+    instances_of_all,
     paired,
     read_object,
     read_results,
@@ -64,13 +65,18 @@ def resampled(folders):
     folders  one a seed, which share their test videos; raises BadInput if not
     ->       (S, R)"""
     averages = []
+    tious = {tuple(read_thresholds(folder / "metrics.json")) for folder in folders}
+    if len(tious) > 1:
+        raise BadInput(f"{folders[0]} and others were evaluated at other tIoU thresholds")
     for folder in folders:
         truth, predictions = read_results(folder, read_videos(folder / "videos.json"))
+        tested = list(truth), instances_of_all(truth)
         if folder == folders[0]:
-            videos = list(truth)
-        if list(truth) != videos:
-            raise BadInput(f"{folder} and {folders[0]} have other test videos")
-        pairs = paired(truth, predictions, read_thresholds(folder / "metrics.json"))
+            first = tested
+        if tested != first:
+            raise BadInput(f"{folder} and {folders[0]} have other test videos, or other "
+                           "annotations of them")
+        pairs = paired(truth, predictions, *tious)
         drawn = np.random.default_rng(0).multinomial(
             len(truth), np.full(len(truth), 1 / len(truth)), size=RESAMPLES)  # (R, V)
         averages.append(average_mAPs(pairs, drawn))

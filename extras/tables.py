@@ -16,6 +16,7 @@ deviation over the seeds, (a to b) the 95 % interval of a mean over seeds and te
 """
 import hashlib
 import json
+import os
 import statistics
 import sys
 import time
@@ -36,7 +37,7 @@ from extras import bmn, mean_teacher, pgcn, spot
 from extras.intervals import interval, resampled, resampled_difference
 from plumbing import checkpoints, sources
 from plumbing.arguments import settings_of
-from plumbing.files import read_json, read_rows, write_json
+from plumbing.files import files_in, read_json, read_rows, write_json
 from plumbing.runs import guard
 from plumbing.settings import Parser, settings_of_stages
 from plumbing.words import BadInput, say
@@ -230,7 +231,7 @@ PROBE_STEPS = 30_000  # that fit, and that test, the probe, drawn at random wher
 OF_DATA = (*sources.PLACES, "prefix", "extension", "feature_key", "skip_columns", "fill_gaps",
            "missing", "test_subset")
 # What rows set themselves.
-OURS = ("--seed", "--out", "--overwrite", "--stage", "--start", "--resume", "--audit")
+OURS = ("--seed", "--out", "--overwrite", "--stage", "--start", "--resume", "--audit", "--check")
 
 
 # ---- Runs ---------------------------------------------------------------------------------------
@@ -256,9 +257,12 @@ def folder_of(s, stage, runs):
     names = [*until, "weights", *OF_DATA]
     depends = {name: getattr(s, name) for name in names if hasattr(s, name)}
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode())
-    for path in (s.dataset, s.annotations, s.split, depends.get("proposals", "")):
-        if Path(path).is_file():
-            digest.update(Path(path).read_bytes())
+    init = s.init and checkpoints.file_of(s.init)
+    for path in (s.dataset, s.annotations, s.split, s.ext_scores, init,
+                 depends.get("proposals", "")):
+        files = [file for _, file in files_in(path)] if path and Path(path).is_dir() else [path]
+        for file in filter(os.path.isfile, files):
+            digest.update(Path(file).read_bytes())
     return runs / f"{stage}-{digest.hexdigest()[:12]}"
 
 
@@ -279,9 +283,12 @@ def finish_run(argv, folder, start, minutes, kind):
     if (folder / "log.jsonl").exists():
         minutes = None
     began = time.time()
-    where = ["--out", str(folder), "--overwrite", *(["--start", str(start)] if start else [])]
+    where = ["--out", str(folder), "--overwrite"]
+    if start:
+        where += ["--start", str(start), "--init", ""]
     if (folder / "checkpoint.pt").exists():
-        where = ["--resume", str(folder)]
+        argv = [word for word in argv if word != "--paper"]  # the run knows its settings
+        where = ["--resume", str(folder), "--init", ""]
     code = train.main([*argv, *where, "--audit", "--no-page"], kind)
     if code:
         raise SystemExit(code)
@@ -844,12 +851,18 @@ def parse(argv):
         "--runs", type=Path, default=Path("runs/tables"), help="folder of the runs")
     args, options = parser.parse_known_args(argv)
     args.seeds = parse_seeds(args.seeds)
+    idle = [name for seed, name in enumerate(args.splits) if seed not in args.seeds]
+    if idle:
+        raise BadInput(f"--splits are of seeds 0, 1, ...: {' '.join(idle)} would not be used with "
+                       f"--seeds {','.join(map(str, args.seeds))}")
     for option in options:
         if option.split("=")[0] in OURS:
             raise BadInput(f"{option} is set by each row")
     for table in args.tables:  # before hours of training
         for *_, more in TABLES.get(table, ()):
-            settings_of([*options, *more.split()], kind_of(table))
+            s = settings_of([*options, *more.split()], kind_of(table))
+            if s.test_subset == "none":
+                raise BadInput("a table needs test videos: --test-subset none has no mAP")
     return args, options
 
 

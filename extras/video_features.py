@@ -57,15 +57,18 @@ def video_files(path):
     return found
 
 
-def keep_settings(s):
+def keep_settings(s, there):
     """Write beside the features how they are made; raises BadInput where some are made otherwise.
-    """
+
+    there  the files of features that exist"""
     path = Path(s.out, "video_features.json")
     made = {name: asdict(s)[name] for name in ("network", "weights", "frames", "stride", "rate")}
     before = read_json(path, "file of settings") if path.exists() else made
     if before != made:
         raise BadInput(f"{path} says that the features there are of {short(before, 120)}, not "
                        f"{short(made, 120)}: give another --out")
+    if there and not path.exists():
+        raise BadInput(f"{there[0]} exists, and no {path} says how it was made: give another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, made)
 
@@ -157,7 +160,7 @@ def make_features(s):
     targets = {name: Path(s.out, f"{name}.npy") for name in files}
     todo = [name for name in files if not targets[name].exists()]
     network, prepare = load_network(s, models)
-    keep_settings(s)
+    keep_settings(s, [targets[name] for name in files if name not in todo])
     say(f"{len(files)} videos, {len(files) - len(todo)} have their features already")
     faults = {}
     began = time.time()

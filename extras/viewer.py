@@ -25,12 +25,19 @@ from urllib.parse import quote
 import numpy as np
 
 from extras import analysis
-from plumbing.files import VIDEOS, read_features, read_json, read_rows, write_text
+from plumbing.files import (
+    VIDEOS,
+    check_replaced,
+    read_features,
+    read_json,
+    read_rows,
+    write_text,
+)
 from plumbing.runs import guard
 from plumbing.settings import Parser, flag, settings_from, thresholds_of
 from plumbing.sources import feature_file, locate
 from plumbing.toy import toy_videos
-from plumbing.words import BadInput, say, short
+from plumbing.words import BadInput, say, several, short, warn
 from train import Settings
 
 MOST = 100  # segments of a video that go into the page, the best ones
@@ -289,7 +296,8 @@ def duration_of(rows):
 def about(folder, config, metrics, rows):
     """Date, duration, gain and command of a run, where its files have them: [[name, text]]."""
     begun = time.localtime((folder / "config.json").stat().st_mtime)
-    facts = [["begun", time.strftime("%Y-%m-%d %H:%M", begun)], ["took", duration_of(rows)]]
+    facts = [["begun, or last resumed", time.strftime("%Y-%m-%d %H:%M", begun)],
+             ["took", duration_of(rows)]]
     if metrics and "supervised_mAP" in metrics:
         gain = 100 * (metrics["average_mAP"] - metrics["supervised_mAP"])
         facts.append(["gain over the supervised stage", f"{gain:+.1f} points of average mAP"])
@@ -419,6 +427,12 @@ def recordings_of(videos, folder, page):
         endings = ", ".join(sorted(VIDEOS))
         raise BadInput(f"--videos {folder} holds no recording <id> ({endings}) of the "
                        f"{len(videos)} videos of the run")
+    unused = [file.relative_to(folder).as_posix() for file in listed if file not in found.values()]
+    if unused:
+        warn([f"--videos {folder}: {len(unused)} recordings are not used: {several(unused)}"])
+    if len(found) < len(videos):
+        warn([f"--videos {folder}: {len(videos) - len(found)} of {len(videos)} videos of the run "
+              "have no recording"])
     base = Path(page).resolve().parent
     try:
         return {name: quote(Path(os.path.relpath(file.resolve(), base)).as_posix())
@@ -522,6 +536,12 @@ def page_of(content):
     return template.replace("__RUN__", embedded(content))
 
 
+def tested(folder):
+    """What a run is tested on: ids, and what happens."""
+    truth = analysis.truth_of(analysis.read_videos(Path(folder, "videos.json")))
+    return list(truth), analysis.instances_of_all(truth)
+
+
 def write_page(folder, path=None, other=None, recordings=None):
     """Write the page of the run in a folder to `path`, by default page.html in it -> the path.
 
@@ -530,10 +550,15 @@ def write_page(folder, path=None, other=None, recordings=None):
     Raises BadInput."""
     folder = Path(folder)
     path = Path(path or folder / "page.html")
+    check_replaced(path, "<!DOCTYPE html>", "page")
     content = page_data(folder, recordings, path)
     if other:
         check_comparable(folder, content["metrics"], content["analysis"])
         content["other"] = compared(Path(other))
+        if content["other"]["metrics"]["tiou"] != content["metrics"]["tiou"]:
+            raise BadInput(f"{folder} and {other} were evaluated at other tIoU thresholds")
+        if tested(folder) != tested(other):
+            warn([f"{folder} and {other} have other test videos, or other annotations of them"])
     write_text(path, page_of(content))
     return path
 

@@ -2,19 +2,19 @@
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from plumbing import checkpoints, processes, runs, settings, sources, tables
+from plumbing import checkpoints, files, processes, runs, settings, sources, tables
 from plumbing.words import BadInput, nearest, shown
 
 
 def resumed_settings(folder, given, kind):
     """The settings {name: value} of the run in a folder, to go on with; raises BadInput."""
     elsewhere = Path(given.get("out", folder)) != Path(folder)
-    if elsewhere or given.get("start") or given.get("overwrite"):
-        raise BadInput("--resume goes on in its own folder: another --out, --start and "
-                       "--overwrite do not go with it")
+    if elsewhere or given.get("start") or given.get("overwrite") or given.get("init"):
+        raise BadInput("--resume goes on in its own folder, with its own weights: another --out, "
+                       "--start, --init and --overwrite do not go with it")
     found = checkpoints.load(folder, kind)["settings"]
     s = settings.settings_from(found, kind, f"checkpoint in {folder}")
-    return asdict(s) | {"out": folder, "start": "", "init": "", "overwrite": False, "check": False}
+    return asdict(s) | {"out": folder, "start": "", "overwrite": False, "check": False}
 
 
 def settings_of(argv, kind):
@@ -30,9 +30,15 @@ def settings_of(argv, kind):
                        f"{nearest(dataset, known)}")
     of_files = ("root", "annotations", "features", "unlabelled_features")
     idle = [settings.flag(name) for name in of_files if given.get(name) not in (None, "", "none")]
+    if given.get("root") and dataset not in known:
+        raise BadInput("--root is where a published dataset lies; your own has --dataset and "
+                       "--features")
     if idle and dataset == "toy" and not given.get("resume"):
         raise BadInput(f"{' and '.join(idle)} cannot go with the toy data: give --dataset too, the "
                        "file of the annotations")
+    if given.get("start") and given.get("init"):
+        raise BadInput("--start goes on with the weights of a checkpoint: --init does not go with "
+                       "it")
     if given.get("resume"):
         base = resumed_settings(given["resume"], given, kind)
     else:
@@ -110,6 +116,8 @@ def evaluation_of(argv, kind):
         parser.error(f"{', '.join(other)} cannot go with what else is given")
     if not 0 <= given.get("min_score", 0) <= 1:
         parser.error(f"--min-score must be from 0 to 1, not {args.min_score}")
+    if args.json:
+        files.check_replaced(args.json, '"average_mAP"', "file of metrics")
     changes = {name: value for name, value in given.items() if name not in ARGUMENTS}
     if mode == "test":  # these two are settings of the run
         renamed = {"features": args.features, "test_subset": args.subset}

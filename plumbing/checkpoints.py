@@ -159,6 +159,31 @@ WEIGHTS = {"raw": "detector", "ema": "ema"}
 TRUST = Some(exclusive=flag, score=share, precision=share, recall=share, videos=count)
 
 
+def weights_of(content, weights):
+    """The raw or the averaged weights in a checkpoint; raises BadInput where it lacks them."""
+    part = WEIGHTS[weights]
+    if part not in content:
+        raise BadInput(f"the checkpoint has no {weights} weights")
+    return content[part]
+
+
+def trust_of(content, weights):
+    """How far the list of a checkpoint's detector can be trusted, with the raw or averaged weights.
+    """
+    trust = content.get("trust") or {}
+    if content["settings"]["weights"] == weights:
+        return trust
+    return {key: trust[key] for key in trust.keys() & {"exclusive"}}  # the rest is of the others
+
+
+def unfinished(content, path):
+    """A warning where a checkpoint is of a run that has not ended, as a list."""
+    if content.get("trust", {}) is not None:
+        return []
+    return [f"checkpoint {path} is of a run that has not ended: its detector is that of stage "
+            f"{content['stage']}, epoch {content['epoch']}"]
+
+
 def check_detector(content, kind, where):
     """Raise BadInput unless a detector can be built from a checkpoint, with an input to match.
 
@@ -180,6 +205,9 @@ def check_detector(content, kind, where):
         raise BadInput(f"{where} is not of this version: it has no weights")
     with torch.device("meta"):  # the shapes, without the memory
         shapes = s.build(len(mean), len(content["classes"])).state_dict()
+    for state in parts.values():
+        if isinstance(state, dict) and len(state.keys() & shapes.keys()) < len(shapes) / 2:
+            raise BadInput(f"{where} is of another detector: the command that trained it reads it")
     fits(parts, dict.fromkeys(parts, shapes), where)
 
 

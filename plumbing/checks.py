@@ -1,5 +1,6 @@
 """Checks: what is odd about a data set or about predictions; what a run says of its data."""
 from itertools import compress, takewhile
+from statistics import median_low
 
 import numpy as np
 import torch
@@ -209,6 +210,16 @@ def check_raw(labelled, s):
                "a raw recording: python -m extras.windows makes features of one")
 
 
+def odd_rates(videos):
+    """Yield a warning where over a tenth of Videos has another rate than new ones get."""
+    rates = [video.grid.fps for video in videos]
+    usual = median_low(rates)
+    others = [rate for rate in rates if abs(rate - usual) > 0.01 * usual]
+    if len(others) > 0.1 * len(rates):
+        yield (f"the training videos have {min(rates):g} to {max(rates):g} frames a second; a new "
+               f"one is taken to have {usual:g}, unless evaluate.py has its --fps")
+
+
 NO_ACTION = ("background", "bg", "none", "null", "nothing", "noaction", "other")
 
 
@@ -251,6 +262,7 @@ def look(dataset, videos, annotations, path, s):
         yield from forms.repeated(annotations)
     yield from check_labelled(dataset.labelled, annotations, path, s)
     yield from check_raw(dataset.labelled, s)
+    yield from odd_rates(dataset.labelled + dataset.unlabelled) if s.stride else ()
     yield from check_classes(dataset.classes, dataset.missing)
     yield from s.look(dataset)
     if s.stage == "all" and not dataset.unlabelled:

@@ -141,6 +141,13 @@ def read_json(path, what):
         raise BadInput(f"{what} {path} cannot be read as JSON: {reason}") from None
 
 
+def check_replaced(path, sign, what):
+    """Raise BadInput where a file to write exists without the sign of its kind: it is another's."""
+    there = Path(path).read_text(errors="replace") if os.path.isfile(path) else ""
+    if there and sign not in there:
+        raise BadInput(f"{path} exists and is no {what}: name another file")
+
+
 def write_atomically(path, write):
     """write(file), a binary file beside `path`, then move it there: never half-written.
 

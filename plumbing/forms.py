@@ -393,7 +393,7 @@ def subtitle_clock(seconds):
 def actions(segments, labels, scores, least):
     """The actions of at least a score, as they are printed and written."""
     return [
-        {"segment": [round(start, 2), round(end, 2)], "label": label, "score": round(score, 2)}
+        {"segment": [round(start, 4), round(end, 4)], "label": label, "score": round(score, 4)}
         for (start, end), label, score in zip(segments.tolist(), labels, scores.tolist())
         if score >= least]
 
@@ -454,6 +454,8 @@ TEXTS = {".json": json_text, ".csv": csv_text, ".srt": srt_text, ".txt": track_t
 
 def check_new(path):
     """Raise BadInput where the file to write exists: somebody may have corrected it."""
+    if not Path(path).absolute().parent.is_dir():
+        raise BadInput(f"--out {path} cannot be written: there is no folder {Path(path).parent}")
     if Path(path).exists():
         raise BadInput(f"--out {path} exists: name another file, or remove it if nobody has "
                        "corrected it")

@@ -112,7 +112,8 @@ def report(run, results):
     metrics, predictions = results.pop(s.weights)
     if metrics:
         best = {key: metrics["trust"][key] for key in ("score", "precision", "recall")}
-        run.trust |= best | {"videos": metrics["videos"]}
+        if not s.ext_scores:  # which a list of new videos is without
+            run.trust |= best | {"videos": metrics["videos"]}
     if not is_first():
         return
     other, (other_metrics, _) = results.popitem()

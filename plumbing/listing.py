@@ -1,9 +1,11 @@
 """The list of what happens in new videos: from which score on, how far to trust it; in and out."""
+from pathlib import Path
+
 import numpy as np
 
 from plumbing import forms
 from plumbing.sources import feature_files
-from plumbing.words import say, short
+from plumbing.words import BadInput, refuse, say, short
 
 LEAST_SCORE = 0.3  # of what is listed, where no test says a better one
 SAME = 0.5  # tIoU over which two detections are one
@@ -77,10 +79,41 @@ def actions_of(found, least, exclusive):
     return sorted(actions, key=lambda a: a["segment"]), below
 
 
+def id_of(name, s):
+    """The id of a video by the name of its feature file, without what the settings add to ids."""
+    place = Path(name)  # the last ending is gone
+    bare = place.name.removeprefix(s.prefix).removesuffix(s.extension.rpartition(".")[0])
+    return place.with_name(bare or place.name).as_posix()
+
+
+def videos_of(localize, args):
+    """{id: Video} of the feature files of args.features, all looked at before the first is
+    searched; raises BadInput."""
+    files = feature_files(args.features)
+    if args.duration and len(files) > 1:
+        raise BadInput(f"--duration is of one video, and {args.features} holds {len(files)}")
+    videos = {}
+    faults = {}
+    for name, file in files.items():
+        try:
+            video = localize.open(file, args.duration, id_of(name, localize.s))
+            if video.id in videos:
+                raise BadInput(f"{args.features} holds two files of the video {short(video.id)}")
+            videos[video.id] = video
+        except BadInput as fault:
+            faults[name] = fault
+    refuse(faults)
+    return videos
+
+
 def find_actions(localize, args):
     """Print, and write to args.out, what happens in the feature files of args.features.
 
     localize  an evaluate.Localizer; args: of evaluate.py"""
+    videos = videos_of(localize, args)
+    if args.out:
+        forms.check_ending(args.out, len(videos))
+        forms.check_new(args.out)
     trust = localize.trust
     least = args.min_score
     if least is None:
@@ -88,15 +121,10 @@ def find_actions(localize, args):
         if trust.get("videos"):
             say(f"of such actions {100 * trust['precision']:.0f} % were right on {trust['videos']} "
                 f"test videos, {100 * trust['recall']:.0f} % were found")
-    sources = feature_files(args.features)
-    if args.out:
-        forms.check_ending(args.out, len(sources))
-        forms.check_new(args.out)
     found = {}
-    for name, file in sources.items():
-        listed, below = actions_of(
-            localize(file, args.duration, name), least, trust.get("exclusive", False))
-        found[name] = listed
+    for name, video in videos.items():
+        listed, below = actions_of(localize.find(video), least, trust.get("exclusive", False))
+        found[name] = [] if below else listed
         count = 0 if below else len(listed)
         say(f"{short(name)}: {count} actions of a score of at least {least:.3g}"
             f"{'; the best there is:' if below else ''}")

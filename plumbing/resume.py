@@ -2,6 +2,7 @@
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from statistics import median_low
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ def state_of(run):
         "classes": run.data.classes,
         "mean": run.data.mean,
         "std": run.data.std,
-        "fps": float(np.median([video.grid.fps for video in labelled + unlabelled])),
+        "fps": float(median_low([video.grid.fps for video in labelled + unlabelled])),
         "labelled": list(instances),
         "instances": instances,
         "fingerprint": run.data.fingerprint,
@@ -162,9 +163,14 @@ def restore(run, stages, limits):
     for key, part in run.parts().items():
         part.load_state_dict(content[key])
     run.at = runs.Progress(**{name: content[name] for name in asdict(run.at)})
+    if run.at.stage not in run.plan:
+        raise BadInput(f"{path} is in the stage {run.at.stage} already: --stage {run.s.stage} ends "
+                       "before it")
     run.t_plus = dict(zip(run.t_plus, content["t_plus"].to(run.s.device)))
     for name in ("pseudo", "theta_h", "supervised_mAP", "trust", "rng"):
         setattr(run, name, content[name])
+    if content["settings"]["weights"] != run.s.weights:
+        run.supervised_mAP = None  # of the other weights
     if run.s.resume:
         run.folder.rows = content["rows"]
 

@@ -129,12 +129,14 @@ def guard(unsaved=""):
 
 # ---- The folder of a run ------------------------------------------------------------------------
 
-RESULTS = ("metrics.json", "predictions.json", "pseudo_labels.json", "detector.pt", "page.html")
+RESULTS = ("metrics.json", "predictions.json", "pseudo_labels.json", "detector.pt", "page.html",
+           "representation.json")
+OTHERS = ("checkpoint.pt", "config.json", "split.json", "videos.json", "log.jsonl")
 
 
 def holds_run(folder):
-    """Whether a folder holds a run that a new one would destroy."""
-    return any((Path(folder) / name).exists() for name in ("checkpoint.pt", *RESULTS))
+    """Whether a folder holds a run, or files of its names, that a new one would destroy."""
+    return any((Path(folder) / name).exists() for name in (*RESULTS, *OTHERS))
 
 
 def free_folder(folder):
@@ -152,8 +154,8 @@ def check_folder(s):
     if s.check:
         return
     if not s.resume and not s.overwrite and holds_run(s.out):
-        raise BadInput(f"{s.out} holds a run: --resume {s.out} goes on with it, --overwrite begins "
-                       "anew, another --out keeps it")
+        raise BadInput(f"{s.out} holds a run, or files of the names that one writes: --resume "
+                       f"{s.out} goes on with it, --overwrite begins anew, another --out keeps it")
     if Path(s.out).exists() and not Path(s.out).is_dir():
         raise BadInput(f"--out {s.out} is no folder")
 

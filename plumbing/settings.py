@@ -293,7 +293,8 @@ def read_arguments(argv, kind):
         group = group_of("what matters first" if name in kind.FIRST else heading)
         add_setting(group, by_name[name], preset, name in kind.UNUSED)
     given = vars(parser.parse_args(argv))
-    given.pop("paper", None)
+    if given.pop("paper", None) and given.get("resume"):
+        raise BadInput("--paper chooses defaults of a new run: it does not go with --resume")
     idle = sorted(given.keys() & set(kind.UNUSED))
     if idle:
         warn([f"this detector reads no setting {' and no '.join(idle)}"])

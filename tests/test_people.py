@@ -65,7 +65,7 @@ def test_python_command_and_run_find_the_same_in_a_video(two, tmp_path, capsys):
     assert evaluated(*video, "--out", tmp_path / "found.json") == 0
     found = read_result(tmp_path / "found.json")["results"]["v12"]
     in_time = sorted(listing.once(predicted[:5]), key=lambda d: d["segment"])
-    rounded = [(d["label"], round(d["score"], 2)) for d in in_time]
+    rounded = [(d["label"], round(d["score"], 4)) for d in in_time]
     assert [(d["label"], d["score"]) for d in found] == rounded
     capsys.readouterr()
     assert evaluated(*video) == 0

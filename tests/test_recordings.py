@@ -337,6 +337,15 @@ def test_features_of_a_folder_of_videos_row_by_row(packages, tmp_path, capsys):
     np.testing.assert_allclose(features, torch.stack(rows), rtol=1e-4, atol=1e-5)
 
 
+def test_features_of_another_extractor_are_not_mixed_with_ours(tmp_path):
+    s = video_features.Settings(str(tmp_path), out=str(tmp_path / "out"))
+    with pytest.raises(BadInput, match="a.npy exists"):
+        video_features.keep_settings(s, [tmp_path / "out/a.npy"])
+    assert not (tmp_path / "out").exists()
+    video_features.keep_settings(s, [])
+    video_features.keep_settings(s, [tmp_path / "out/a.npy"])  # of this extractor
+
+
 def test_the_command_goes_on_and_says_which_videos_failed(packages, tmp_path, capsys):
     av, _ = packages
     for name, frames in (("a.mp4", 5), ("b.mp4", 3), ("d.mp4", 6)):
@@ -345,6 +354,8 @@ def test_the_command_goes_on_and_says_which_videos_failed(packages, tmp_path, ca
     (tmp_path / "out").mkdir()
     (tmp_path / "out/a.npy").write_bytes(b"there already")
     argv = (tmp_path / "videos", "--out", tmp_path / "out", *SMALL)
+    s = windows.read_command([str(word) for word in argv], video_features.Settings, "")
+    video_features.keep_settings(s, [])
     words = ("b.mp4 is shorter than a window: it has 3 frames at 15", "2 videos", "b, c")
     refused_by(video_features.main, argv, capsys, *words)
     assert (tmp_path / "out/a.npy").read_bytes() == b"there already"

@@ -236,7 +236,7 @@ def test_the_top_has_date_duration_gain_and_command_where_the_files_have_them(tm
     rest = [["took", "0:00:04 h of training steps"],  # 40 steps, 9 a second; joint does not say
             ["gain over the supervised stage", "+19.3 points of average mAP"]]
     begun, *others = embedded(viewer.write_page(run))["about"]
-    assert begun[0] == "begun"
+    assert begun[0] == "begun, or last resumed"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", begun[1])
     assert others == rest
     own = asdict(train.Settings(dataset="toy", **train.Settings.preset("toy")))
