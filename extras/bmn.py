@@ -37,6 +37,7 @@ import train
 from plumbing import checkpoints, forms
 from plumbing.files import check_replaced, write_json
 from plumbing.inputs import Input
+from plumbing.listing import id_of
 from plumbing.processes import means_of_all
 from plumbing.runs import guard
 from plumbing.settings import Nothing, NotNegative, Parser, Width, parser_of
@@ -618,7 +619,7 @@ class Proposing(nn.Module):
 
 
 def proposals_of_run(trained):
-    """{id: proposals} of all videos of a run, best score first, in seconds.
+    """({id: proposals}, labelled ids) of all videos of a run, best score first, in seconds.
 
     trained  an evaluate.Localizer of Proposing"""
     dataset = data.training_data(trained.s)
@@ -627,17 +628,18 @@ def proposals_of_run(trained):
     videos = labelled + dataset.unlabelled + dataset.test
     records = evaluate.detect(trained.detector, videos, dataset, trained.s)
     columns = {"score": "scores", "segment": "segments"}
-    return evaluate.export(videos, records, columns, {})
+    return evaluate.export(videos, records, columns, {}), [video.id for video in labelled]
 
 
 def proposals_of_files(trained, path):
-    """{id: proposals} of a new video's feature file, or of a folder of them."""
+    """({id: proposals}, []) of a new video's feature file, or of a folder of them."""
     found = {}
-    for name, file in feature_files(path).items():
+    for place, file in feature_files(path).items():
+        name = id_of(place, trained.s)
         segments, _, scores = trained(file, name=name)
         found[name] = [{"score": score, "segment": segment}
                        for score, segment in zip(scores.tolist(), segments.tolist())]
-    return found
+    return found, []
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -660,17 +662,19 @@ def export_proposals(argv):
         given = {name: value for name, value in vars(args).items() if value is not None}
         if "checkpoint" not in given:
             raise BadInput("--export-proposals needs the run of a detector: --checkpoint")
-        check_replaced(args.export_proposals, '"labelled"', "file of proposals")
+        check_replaced(args.export_proposals, '"external_data": {}, "labelled"',
+                       "file of proposals")
         new = "features" in given and not given.keys() & {*moved}
         own = ("export_proposals", "checkpoint", *(["features"] if new else []))
         changes = {name: value for name, value in given.items() if name not in own}
         changes["min_score"] = 0.0  # what is no action is needed too
         trained = evaluate.Localizer(args.checkpoint, Settings, **whole_paths(changes))
         trained.detector = Proposing(trained.detector)
-        found = (proposals_of_files(trained, args.features) if new
-                 else proposals_of_run(trained))
-        labelled = checkpoints.load(args.checkpoint, Settings).get("labelled", [])
-        content = forms.result_format(found, {}) | {"labelled": [] if new else labelled}
+        found, labelled = (proposals_of_files(trained, args.features) if new
+                           else proposals_of_run(trained))
+        if not new:  # by the whole run, since the annotations may have grown
+            labelled = checkpoints.load(args.checkpoint, Settings).get("labelled", labelled)
+        content = forms.result_format(found, {}) | {"labelled": labelled}
         write_json(args.export_proposals, content)
         say(f"{args.export_proposals}: {sum(map(len, found.values()))} proposals of {len(found)} "
             "videos")

@@ -260,7 +260,9 @@ def folder_of(s, stage, runs):
     init = s.init and checkpoints.file_of(s.init)
     for path in (s.dataset, s.annotations, s.split, s.ext_scores, init,
                  depends.get("proposals", "")):
-        files = [file for _, file in files_in(path)] if path and Path(path).is_dir() else [path]
+        files = [path]
+        if path and Path(path).is_dir():  # of label tracks
+            files = [file for _, file in files_in(path) if file.suffix.lower() == ".txt"]
         for file in filter(os.path.isfile, files):
             digest.update(Path(file).read_bytes())
     return runs / f"{stage}-{digest.hexdigest()[:12]}"
@@ -288,7 +290,7 @@ def finish_run(argv, folder, start, minutes, kind):
         where += ["--start", str(start), "--init", ""]
     if (folder / "checkpoint.pt").exists():
         argv = [word for word in argv if word != "--paper"]  # the run knows its settings
-        where = ["--resume", str(folder), "--init", ""]
+        where = ["--resume", str(folder), *(["--init", ""] if start else [])]
     code = train.main([*argv, *where, "--audit", "--no-page"], kind)
     if code:
         raise SystemExit(code)
@@ -337,7 +339,7 @@ def saved(path, make, *arguments):
 def read_checkpoint(folder):
     """The checkpoint of a finished run, its settings and its Dataset, hidden labels included."""
     checkpoint = checkpoints.load(folder / "checkpoint.pt", train.Settings)
-    s = train.Settings(**checkpoint["settings"] | {"audit": True})
+    s = train.Settings(**checkpoint["settings"] | {"audit": True, "resume": ""})
     return checkpoint, s, data.training_data(s)
 
 

@@ -539,7 +539,7 @@ def page_of(content):
 def tested(folder):
     """What a run is tested on: ids, and what happens."""
     truth = analysis.truth_of(analysis.read_videos(Path(folder, "videos.json")))
-    return list(truth), analysis.instances_of_all(truth)
+    return truth.keys(), sorted(analysis.instances_of_all(truth))
 
 
 def write_page(folder, path=None, other=None, recordings=None):
@@ -550,7 +550,7 @@ def write_page(folder, path=None, other=None, recordings=None):
     Raises BadInput."""
     folder = Path(folder)
     path = Path(path or folder / "page.html")
-    check_replaced(path, "<!DOCTYPE html>", "page")
+    check_replaced(path, '<script type="application/json" id="run">', "page of a run")
     content = page_data(folder, recordings, path)
     if other:
         check_comparable(folder, content["metrics"], content["analysis"])

@@ -9,11 +9,12 @@ from plumbing.words import BadInput, nearest, shown
 def resumed_settings(folder, given, kind):
     """The settings {name: value} of the run in a folder, to go on with; raises BadInput."""
     elsewhere = Path(given.get("out", folder)) != Path(folder)
-    if elsewhere or given.get("start") or given.get("overwrite") or given.get("init"):
-        raise BadInput("--resume goes on in its own folder, with its own weights: another --out, "
-                       "--start, --init and --overwrite do not go with it")
     found = checkpoints.load(folder, kind)["settings"]
     s = settings.settings_from(found, kind, f"checkpoint in {folder}")
+    other = given.get("init", s.init) != s.init
+    if elsewhere or other or given.get("start") or given.get("overwrite"):
+        raise BadInput("--resume goes on in its own folder, with its own weights: another --out or "
+                       "--init, --start and --overwrite do not go with it")
     return asdict(s) | {"out": folder, "start": "", "overwrite": False, "check": False}
 
 
@@ -117,7 +118,7 @@ def evaluation_of(argv, kind):
     if not 0 <= given.get("min_score", 0) <= 1:
         parser.error(f"--min-score must be from 0 to 1, not {args.min_score}")
     if args.json:
-        files.check_replaced(args.json, '"average_mAP"', "file of metrics")
+        files.check_replaced(args.json, '{"tiou"', "file of metrics that this wrote")
     changes = {name: value for name, value in given.items() if name not in ARGUMENTS}
     if mode == "test":  # these two are settings of the run
         renamed = {"features": args.features, "test_subset": args.subset}

@@ -177,10 +177,10 @@ def trust_of(content, weights):
 
 
 def unfinished(content, path):
-    """A warning where a checkpoint is of a run that has not ended, as a list."""
+    """A warning where a checkpoint's detector is none that a run has ended with, as a list."""
     if content.get("trust", {}) is not None:
         return []
-    return [f"checkpoint {path} is of a run that has not ended: its detector is that of stage "
+    return [f"checkpoint {path}: its detector is not finished, it is that of stage "
             f"{content['stage']}, epoch {content['epoch']}"]
 
 

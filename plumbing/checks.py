@@ -96,7 +96,7 @@ def left_out(annotations, videos):
 
 def cut_off(annotations, videos):
     """Yield a warning about segments that begin before their video, or end after it, by more than
-    a window."""
+    a window or a stride."""
     cut = {}
     for name, a in annotations.items():
         grid, duration = videos[name].grid, videos[name].duration

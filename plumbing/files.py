@@ -337,7 +337,7 @@ def odd_cell(lines, between, first):
 def read_table(path, key, what):
     """The numbers of a text file, a line a step, with commas, semicolons or tabs between them."""
     lines = read_text(path, what, MOST_UNPACKED // 8).split("\n")
-    above, names, between = head_of(*[*lines, ""][:2])
+    above, names, between = head_of(lines[0], "".join(lines[1:2]))
     lines = lines[above:]
     while lines and not lines[-1].strip():
         lines.pop()

@@ -158,7 +158,7 @@ def never_ignored(annotations, ignored, path):
     for label in names_in(ignored):
         if label not in left_out:
             yield (f"annotation file {path} has no label {shown(label)}, which --ignore-labels "
-                   f"names; its labels are {several(sorted(known))}")
+                   f"names; its labels are {several(sorted(known | left_out))}")
 
 
 def tool_of(content):

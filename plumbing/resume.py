@@ -167,7 +167,7 @@ def restore(run, stages, limits):
         raise BadInput(f"{path} is in the stage {run.at.stage} already: --stage {run.s.stage} ends "
                        "before it")
     run.t_plus = dict(zip(run.t_plus, content["t_plus"].to(run.s.device)))
-    for name in ("pseudo", "theta_h", "supervised_mAP", "trust", "rng"):
+    for name in ("pseudo", "theta_h", "supervised_mAP", "rng"):
         setattr(run, name, content[name])
     if content["settings"]["weights"] != run.s.weights:
         run.supervised_mAP = None  # of the other weights

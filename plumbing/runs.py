@@ -14,7 +14,7 @@ import torch
 
 from plumbing.files import append_row, read_rows, write_rows
 from plumbing.processes import leave_processes, process_count, rows_of_all
-from plumbing.words import BadInput, complain, is_first, warn
+from plumbing.words import BadInput, complain, is_first, several, warn
 
 # ---- Signals and errors -------------------------------------------------------------------------
 
@@ -131,19 +131,20 @@ def guard(unsaved=""):
 
 RESULTS = ("metrics.json", "predictions.json", "pseudo_labels.json", "detector.pt", "page.html",
            "representation.json")
+# What else a run writes: over that of a run before, and not removed at the first save.
 OTHERS = ("checkpoint.pt", "config.json", "split.json", "videos.json", "log.jsonl")
 
 
-def holds_run(folder):
-    """Whether a folder holds a run, or files of its names, that a new one would destroy."""
-    return any((Path(folder) / name).exists() for name in (*RESULTS, *OTHERS))
+def files_of_run(folder):
+    """The files in a folder of a run, or of its names, that a new one would destroy."""
+    return [name for name in (*RESULTS, *OTHERS) if (Path(folder) / name).exists()]
 
 
 def free_folder(folder):
     """The folder, or that with the next number, which holds no run."""
     number = 1
     name = folder
-    while holds_run(name):
+    while files_of_run(name):
         number += 1
         name = f"{folder}-{number}"
     return name
@@ -153,9 +154,12 @@ def check_folder(s):
     """Raise BadInput where a new run would destroy one, or cannot have its folder."""
     if s.check:
         return
-    if not s.resume and not s.overwrite and holds_run(s.out):
-        raise BadInput(f"{s.out} holds a run, or files of the names that one writes: --resume "
-                       f"{s.out} goes on with it, --overwrite begins anew, another --out keeps it")
+    found = files_of_run(s.out)
+    if found and not s.resume and not s.overwrite:
+        way_on = f"--resume {s.out} goes on with it, " if "checkpoint.pt" in found else ""
+        what = "a run" if way_on else f"files that a run would replace, {several(found)}"
+        raise BadInput(f"{s.out} holds {what}: {way_on}--overwrite begins anew, another --out "
+                       "keeps it")
     if Path(s.out).exists() and not Path(s.out).is_dir():
         raise BadInput(f"--out {s.out} is no folder")
 

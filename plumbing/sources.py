@@ -117,7 +117,7 @@ def read_dataset(s):
         if first.setdefault(file, name) != name:
             raise BadInput(f"annotation file {path}: {short(first[file])} and {short(name)} are "
                            f"one video: both have the feature file {short(file, 150)}")
-    return Chosen(path, entries, sources, ignored=tables.unused(path, set(sources.values())))
+    return Chosen(path, entries, sources)
 
 
 def take_training(chosen, s):
@@ -323,6 +323,7 @@ def choose_training_data(s):
         chosen.ignored.append(f"{len(other)} entries of other subsets: {forms.subsets_of(other)}")
     if s.dataset != "toy":
         take_files_without_entry(chosen, s)
+        chosen.ignored += tables.unused(chosen.path, set(chosen.sources.values()))
     return completed(chosen, s)
 
 

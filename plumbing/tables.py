@@ -217,7 +217,7 @@ def frames_entry(lines, path, fps):
     if empty:
         raise BadInput(f"annotation file {path}, line {empty} is empty: a frame where nothing "
                        "happens needs a label too, as background (--ignore-labels background); a "
-                       "file without labels does not belong into the folder")
+                       "file without labels does not belong in the folder")
     annotations = []
     first = 0
     for label, group in groupby(line for _, line in lines):

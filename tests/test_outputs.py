@@ -59,6 +59,12 @@ def test_no_command_replaces_what_is_not_its_own(ran, capsys):
             ("export", (ran / "run", "--out", ran / "gt.pt2"))):
         assert "gt.json exists" in said(capsys, command, *argv)
         assert gt.read_bytes() == before
+    (ran / "mine.html").write_text("<!DOCTYPE html><p>mine")
+    for command, argv in (
+            ("evaluate", ("--checkpoint", ran / "run", "--json", ran / "run/metrics.json")),
+            ("bmn", ("--export-proposals", ran / "run/split.json", "--checkpoint", ran / "run")),
+            ("viewer", (ran / "run", "--out", ran / "mine.html"))):
+        assert f"{argv[-1] if command != 'bmn' else argv[1]} exists" in said(capsys, command, *argv)
     for _ in range(2):  # its own it does replace
         said(capsys, "evaluate", "--pred", pred, "--gt", gt, "--json", ran / "m.json", code=0)
         said(capsys, "analysis", ran / "run", "--out", ran / "a.json", code=0)
@@ -69,7 +75,7 @@ def test_no_command_replaces_what_is_not_its_own(ran, capsys):
 def test_a_run_begins_in_no_folder_with_files_of_its_names(own, capsys, name):
     (own / "run").mkdir()
     (own / "run" / name).write_text('["v0", "v1", "v2"]')
-    refused(own_argv(own), capsys, "files of the names", "--overwrite")
+    refused(own_argv(own), capsys, f"files that a run would replace, {name}")
     assert (own / "run" / name).read_text() == '["v0", "v1", "v2"]'
 
 
@@ -98,7 +104,9 @@ def test_a_resumed_run_knows_how_it_began(ran):
     run_of(ran, "second", "--init", ran / "run/detector.pt")
     assert fig4.main([str(ran / "second")]) == 0
     before = read_result(ran / "second/representation.json")["before"]
-    assert train.main(["--resume", str(ran / "second")]) == 0
+    again = ["--resume", str(ran / "second"), "--init", str(ran / "run/detector.pt")]
+    assert train.main(again) == 0
+    assert tables.read_checkpoint(ran / "second")[1].resume == ""
     assert read_result(ran / "second/config.json")["init"] == str(ran / "run/detector.pt")
     assert fig4.main([str(ran / "second")]) == 0
     assert read_result(ran / "second/representation.json")["before"] == before
@@ -121,7 +129,12 @@ def test_a_list_is_judged_by_the_weights_that_make_it(whole):
 def test_a_run_that_has_not_ended_is_told(own, capsys):
     assert train.main(own_argv(own, "--stage", "pretrain")) == 0
     text = said(capsys, "evaluate", "--checkpoint", own / "run", code=0)
-    assert "has not ended" in text and "stage pretrain, epoch 2" in text
+    assert "its detector is not finished, it is that of stage pretrain, epoch 2" in text
+
+
+def test_a_run_that_goes_on_has_no_list_to_trust_yet(ran, tmp_path):
+    argv = own_argv(ran, "--theta-l", 0.0, "--start", ran / "run", "--out", tmp_path / "new")
+    assert train.launch(settings(*argv, "--features", ran / "features")).trust is None
 
 
 def test_rates_that_differ_are_told(own, capsys):
@@ -139,6 +152,10 @@ def test_averages_that_mean_different_things_are_not_subtracted(ran, capsys):
         assert "other tIoU thresholds" in said(capsys, command, ran / "run", other)
         text = said(capsys, command, ran / "run", one, code=2 if command == "intervals" else 0)
         assert "other annotations of them" in text
+    shutil.copytree(ran / "run", ran / "same")
+    videos = read_result(ran / "run/videos.json")
+    (ran / "same/videos.json").write_text(json.dumps(dict(reversed(videos.items()))))
+    assert "warning" not in said(capsys, "viewer", ran / "run", ran / "same", code=0)
 
 
 def test_the_threshold_of_external_scores_is_no_list_s(own):
@@ -163,6 +180,9 @@ def test_a_table_s_runs_are_of_its_labels_and_weights(own, tmp_path):
         (own / file).write_text("2\t9\tA\n")
         names.append(tables.folder_of(s, "supervised", tmp_path))
     assert len(set(names)) == 4
+    (own / "lab/runs").mkdir()
+    (own / "lab/runs/x.json").write_text("{}")
+    assert tables.folder_of(s, "supervised", tmp_path) == names[-1]
 
 
 @pytest.mark.parametrize(("more", "words"), [
@@ -218,7 +238,10 @@ def test_a_bad_file_is_told_before_the_first_is_searched(ran, capsys):
     (ran / "features/z.npy").unlink()
     text, _ = listed(ran, capsys, "--duration", 3, code=2)
     assert "--duration" in text
-    assert "no folder" in listed(ran, capsys, "--out", ran / "nowhere/f.csv", code=2)[0]
+    run_of(ran, "run", "--overwrite", "--stride", 0)
+    assert len(listed(ran, capsys, "--duration", 32.5)[1]) == 14  # all have it
+    nowhere = ("--duration", 32.5, "--out", ran / "nowhere/f.csv")
+    assert "no folder" in listed(ran, capsys, *nowhere, code=2)[0]
 
 
 # ---- Other commands -----------------------------------------------------------------------------
@@ -253,6 +276,9 @@ def test_proposals_name_the_labels_that_the_detector_has_seen(own):
     argv = own_argv(own, "--acp", "none", *tiny, "--stage", "supervised")
     assert bmn.main(argv) == 0
     seen = read_result(own / "run/split.json")["labelled"]
+    argv = [f"--export-proposals={own / 'q.json'}", f"--checkpoint={own / 'run/detector.pt'}"]
+    assert bmn.main(argv) == 0
+    assert read_result(own / "q.json")["labelled"] == seen
     edit(own, lambda database: database.update(
         {f"w{i}": database["v0"] | {"annotations": []} for i in range(10)}))
     for i in range(10):

@@ -181,7 +181,9 @@ REFUSED = [
       for where, words, *values in table for value in values),
     *((name, change, [RESUME], "other data") for name, change in OTHER_DATA.items()),
     *((f"{name} is there", only(name), [NEW], "--resume|--overwrite|--out")
-      for name in ("", "checkpoint.pt", "metrics.json", "predictions.json", "pseudo_labels.json")),
+      for name in ("", "checkpoint.pt")),
+    *((f"{name} is there", only(name), [NEW], f"{name}: --overwrite|--out")
+      for name in ("metrics.json", "predictions.json", "pseudo_labels.json", "split.json")),
     *((" ".join(more), users.nothing, [[*argv, *more]], words) for argv, more, words in (
         (NEW, ["--overwrite", "--lr", "1e12", "--clip", "1e12"], "diverged"),
         (NEW, ["--overwrite", "--features", "none"], "not found"),
@@ -263,7 +265,7 @@ def test_results_go_through_links_and_pipes_but_not_through_planted_links(own, m
     argv = users.predict(own, users.perfect(own, TESTED))[1:]
     victim, pipe, null, link = (Path(name) for name in ("victim", "pipe", "null", "link.json"))
     victim.write_text("precious")
-    Path("real.json").write_text('{"average_mAP": 0}')
+    Path("real.json").write_text('{"tiou": [0.5]}')
     Path("run").mkdir()
     ending = f".{os.getpid()}.tmp"
     names = ["checkpoint.pt", "metrics.json", "config.json", "split.json", "log.jsonl"]

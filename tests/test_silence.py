@@ -112,6 +112,7 @@ def test_instances_that_are_listed_twice_are_told(own, capsys):
 def test_a_label_to_ignore_that_is_nowhere_is_told(own, capsys, label):
     text = told(own, capsys, "--ignore-labels", f"{label},B")
     assert f"no label '{label}'" in text and "no label 'B'" not in text
+    assert "its labels are A, B" in text
 
 
 def test_feature_files_that_are_not_taken_are_told(own, capsys):
@@ -183,9 +184,10 @@ def test_what_is_used_is_not_told_as_ignored(own, capsys):
         x = np.load(own / f"features/{name}.npy")
         np.savetxt(own / f"labels/f_{name}.csv", x, delimiter=",")
         np.savez(own / f"labels/f_{name}.npz", feats=x)
+    (own / "labels/v2.txt").unlink()
     found = told(own, capsys, *words, "--prefix", "f_", "--extension", ".csv",
                  "--features", own / "labels")
-    assert "ignored: nothing" in found
+    assert "13 labelled, 1 unlabelled, 0 test videos; ignored: nothing" in found
 
 
 def test_of_one_class_no_instance_repeats_another(own, capsys):
