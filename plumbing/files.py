@@ -45,6 +45,8 @@ def files_in(folder, pattern="*"):
 
     Links to folders elsewhere are followed, each folder once; those to a folder within it are not.
     """
+    if not os.path.isdir(folder):  # nor is a name that no system can have
+        return []
     top = os.path.realpath(folder)
     found = []
     seen = set()

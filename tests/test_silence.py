@@ -133,6 +133,10 @@ def test_feature_files_that_are_not_taken_are_told(own, capsys):
     assert "8 labelled, 1 unlabelled" in text and "loose" in text and "v2" in text
 
 
+def test_a_folder_of_a_name_that_none_can_have_is_refused(own, capsys):
+    refused(users.check(own, "--unlabelled-features", "odd\ud800"), capsys, "holds no file")
+
+
 def test_segments_that_are_left_out_or_cut_are_counted(own, capsys):
     users.actions(["v1"], 0, segment=[9.0, 9.0])(own)
     users.actions(["v11"], 0, segment=[20.0, 45.0])(own)
