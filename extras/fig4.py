@@ -35,7 +35,7 @@ def read_run(folder):
     others = [kind for kind in OTHERS if kind.__annotations__.keys() <= config.keys()]
     kind = others[0] if others else train.Settings
     checkpoint = checkpoints.load(folder / "checkpoint.pt", kind)
-    s = kind(**checkpoint["settings"] | {"resume": ""})  # begin() takes what it began with
+    s = kind(**checkpoint["settings"])
     dataset = data.training_data(s)
     after = s.build(dataset.dim, len(dataset.classes)).to(s.device)
     after.load_state_dict(checkpoint["detector"])

@@ -339,7 +339,7 @@ def saved(path, make, *arguments):
 def read_checkpoint(folder):
     """The checkpoint of a finished run, its settings and its Dataset, hidden labels included."""
     checkpoint = checkpoints.load(folder / "checkpoint.pt", train.Settings)
-    s = train.Settings(**checkpoint["settings"] | {"audit": True, "resume": ""})
+    s = train.Settings(**checkpoint["settings"] | {"audit": True})
     return checkpoint, s, data.training_data(s)
 
 

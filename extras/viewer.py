@@ -427,7 +427,8 @@ def recordings_of(videos, folder, page):
         endings = ", ".join(sorted(VIDEOS))
         raise BadInput(f"--videos {folder} holds no recording <id> ({endings}) of the "
                        f"{len(videos)} videos of the run")
-    unused = [file.relative_to(folder).as_posix() for file in listed if file not in found.values()]
+    played = set(found.values())
+    unused = [file.relative_to(folder).as_posix() for file in listed if file not in played]
     if unused:
         warn([f"--videos {folder}: {len(unused)} recordings are not used: {several(unused)}"])
     if len(found) < len(videos):

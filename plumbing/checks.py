@@ -210,10 +210,16 @@ def check_raw(labelled, s):
                "a raw recording: python -m extras.windows makes features of one")
 
 
+def usual_rate(videos):
+    """The frames a second that new videos are taken to have, after Videos of training: one of
+    theirs."""
+    return float(median_low([video.grid.fps for video in videos]))
+
+
 def odd_rates(videos):
     """Yield a warning where over a tenth of Videos has another rate than new ones get."""
     rates = [video.grid.fps for video in videos]
-    usual = median_low(rates)
+    usual = usual_rate(videos)
     others = [rate for rate in rates if abs(rate - usual) > 0.01 * usual]
     if len(others) > 0.1 * len(rates):
         yield (f"the training videos have {min(rates):g} to {max(rates):g} frames a second; a new "

@@ -2,12 +2,11 @@
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from statistics import median_low
 
 import numpy as np
 import torch
 
-from plumbing import checkpoints, files, journal, runs
+from plumbing import checkpoints, checks, files, journal, runs
 from plumbing.checkpoints import anything, count, fits, number
 from plumbing.processes import process_count
 from plumbing.settings import LATER, settings_of_stages
@@ -26,11 +25,11 @@ def state_of(run):
     instances = {video.id: torch.cat([video.segments, video.labels[:, None]], 1).tolist()
                  for video in labelled}
     return asdict(run.at) | {
-        "settings": asdict(run.s),
+        "settings": asdict(run.s) | {"resume": ""},  # how this command began is no part of it
         "classes": run.data.classes,
         "mean": run.data.mean,
         "std": run.data.std,
-        "fps": float(median_low([video.grid.fps for video in labelled + unlabelled])),
+        "fps": checks.usual_rate(labelled + unlabelled),
         "labelled": list(instances),
         "instances": instances,
         "fingerprint": run.data.fingerprint,
