@@ -26,7 +26,7 @@ MOST_UNPACKED = 2 ** 31  # bytes of features read at once; a .npy file is read p
 
 
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".wav", ".mp3")
-IS_VIDEO = "it is a recording, of which an extractor makes features first (README: A new video)"
+IS_VIDEO = "it is a recording, of which an extractor makes features first (README: Your own data)"
 SIGNS = {  # how files begin that are often taken for another kind, and what they are
     rb"\s*version https://git-lfs": "it is a Git LFS pointer, and git lfs pull brings the file",
     rb"\s*<": "it is a web page",
