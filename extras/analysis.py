@@ -729,8 +729,7 @@ def table(analysis, title):
 
 def arguments_of(argv):
     """The arguments of a command line; raises BadInput."""
-    parser = Parser(description=__doc__.split("\n")[0], prog="python -m extras.analysis",
-                    allow_abbrev=False)
+    parser = Parser(__name__, prog="python -m extras.analysis")
     parser.add_argument("run", nargs="?", help="the folder that train.py wrote, its --out")
     parser.add_argument("--hidden", help="annotations of a run's unlabelled videos, against which "
                         "its pseudo labels are judged")

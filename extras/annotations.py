@@ -194,7 +194,7 @@ def convert(path, fps):
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
     with guard() as stop:
-        parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+        parser = Parser(__name__)
         parser.add_argument("export", help="the JSON that the tool wrote")
         parser.add_argument("--out", required=True, help="the JSON to write")
         parser.add_argument("--fps", type=float, default=0, help="frames a second")

@@ -683,8 +683,7 @@ def export_proposals(argv):
 
 def show_proposals(argv):
     """The command line with --proposals; returns the exit code, 2 for bad input."""
-    parser = Parser(
-        prog=Settings.EVALUATE, description=evaluate_proposals.__doc__, allow_abbrev=False)
+    parser = Parser(__name__, prog=Settings.EVALUATE)
     parser.add_argument("--proposals", required=True, help="predictions.json of a run")
     parser.add_argument("--gt", required=True, help="annotation file")
     parser.add_argument("--subset", default="validation", help="its test videos")

@@ -224,7 +224,7 @@ def write_export(run, path):
 
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(__name__)
     parser.add_argument("run", help="a run's folder, its checkpoint.pt or detector.pt")
     parser.add_argument("--out", required=True, help="the file to write: .onnx or .pt2")
     with guard() as stop:

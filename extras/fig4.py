@@ -96,7 +96,7 @@ def write_representation(folder):
 
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(__name__)
     parser.add_argument("run", help="the folder that train.py wrote, its --out")
     with guard() as stop:
         args = parser.parse_args(argv)

@@ -117,7 +117,7 @@ def compare(ones, others):
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
     with guard() as stop:
-        parser = Parser(description=__doc__.split("\n")[0])
+        parser = Parser(__name__)
         parser.add_argument("runs", nargs="+", help="folders of runs, those of many seeds with "
                             "commas: ones, others; ones, others of another data set; ...")
         sides = [[Path(name) for name in side.split(",")] for side in parser.parse_args(argv).runs]

@@ -839,7 +839,7 @@ def parse_seeds(text):
 
 def parse(argv):
     """The arguments of the command line, and what is passed on to train.py; raises BadInput."""
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(__name__)
     parser.add_argument(
         "tables", nargs="+", choices=[*TABLES, "S6", "causes"],
         help="of the paper; open: what it leaves open; causes: pseudo labels by class; ceiling: "

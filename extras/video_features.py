@@ -182,7 +182,7 @@ def make_features(s):
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
     with guard() as stop:
-        make_features(read_command(argv, Settings, __doc__))
+        make_features(read_command(argv, Settings))
     return stop.code
 
 

@@ -566,8 +566,7 @@ def write_page(folder, path=None, other=None, recordings=None):
 
 def arguments_of(argv):
     """The arguments of a command line; raises BadInput."""
-    parser = Parser(description=__doc__.split("\n")[0], prog="python -m extras.viewer",
-                    allow_abbrev=False)
+    parser = Parser(__name__, prog="python -m extras.viewer")
     parser.add_argument("runs", nargs="+", metavar="run",
                         help="the folder that train.py wrote, its --out; a second one to compare")
     parser.add_argument("--out", help="the page to write (default: page.html in the first folder)")

@@ -251,12 +251,10 @@ def make_features(s):
     say(f"the features of {len(files)} recordings are in {s.out}; train with {advice(rates, s)}")
 
 
-def read_command(argv, kind, text):
-    """The settings, of a class, of a command line whose first word is the first of them.
-
-    text: of a module, whose first line is the command's title. Raises BadInput."""
-    parser = Parser(
-        description=text.split("\n")[0], allow_abbrev=False, argument_default=SUPPRESS)
+def read_command(argv, kind):
+    """The settings, of a class, of a command line whose first word is the first of them; raises
+    BadInput."""
+    parser = Parser(kind.__module__, argument_default=SUPPRESS)
     source, *others = fields(kind)
     parser.add_argument(source.name, help=comment_of(source))
     for f in others:
@@ -267,7 +265,7 @@ def read_command(argv, kind, text):
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
     with guard() as stop:
-        make_features(read_command(argv, Settings, __doc__))
+        make_features(read_command(argv, Settings))
     return stop.code
 
 

@@ -203,19 +203,25 @@ class RunSettings(CheckedSettings):
 
 # ---- The command line ---------------------------------------------------------------------------
 
-def with_dashes(match):
-    """What a pattern has matched with - in the place of _."""
-    return match[0].replace("_", "-")
-
-
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence, and to which _ is -."""
+    """An argument parser whose errors are one sentence, and to which _ is -.
+
+    module  the name of one, whose docstring --help begins with: a sentence, its commands"""
+
+    def __init__(self, module, **more):
+        doc = sys.modules[module].__doc__ or ""  # python -OO drops it
+        super().__init__(
+            description="\n\n".join(doc.split("\n\n")[:2]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **more)
 
     def parse_known_args(self, args=None, namespace=None):
         """What argparse has, of flags with - in the place of _."""
         words = map(str, sys.argv[1:] if args is None else args)
-        words = [re.sub("^--[^=]*", with_dashes, word) for word in words]
-        return super().parse_known_args(words, namespace)
+        dashed = [re.sub("^--[^=]*", lambda name: name[0].replace("_", "-"), word)
+                  for word in words]
+        return super().parse_known_args(dashed, namespace)
 
     def error(self, message):
         """Raises BadInput, which names the flag that is most like an unknown one."""
@@ -227,17 +233,6 @@ class Parser(argparse.ArgumentParser):
 def flag(name):
     """How a setting is written on the command line."""
     return "--" + name.replace("_", "-")
-
-
-def parser_for(kind, **more):
-    """A Parser whose help opens as the docstring of the module of a class does: a sentence, and
-    its commands."""
-    doc = sys.modules[kind.__module__].__doc__ or ""  # python -OO drops it
-    return Parser(
-        description="\n\n".join(doc.split("\n\n")[:2]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        **more)
 
 
 def add_setting(group, f, preset, hidden):
@@ -259,7 +254,7 @@ def parser_of(names, kind, own):
     """The parser of some settings of a class, without defaults, and of arguments of its own.
 
     own  {name: (type, help)}, also in the place of a setting's"""
-    parser = parser_for(kind, usage=argparse.SUPPRESS)  # the commands stand in the description
+    parser = Parser(kind.__module__, usage=argparse.SUPPRESS)  # its commands say it
     arguments = {f.name: (type_of(f), comment_of(f)) for f in fields(kind)} | own
     for name in names:
         value, comment = arguments[name]
@@ -272,13 +267,13 @@ def read_arguments(argv, kind):
 
     kind: the class of the settings; it has TRAIN, its command, FIRST, the settings that
     --help lists first, before the class's own, and preset(dataset, paper). Raises BadInput."""
-    first = Parser(add_help=False, allow_abbrev=False)
+    first = Parser(__name__, add_help=False)
     first.add_argument("--dataset", default="toy")
     first.add_argument("--paper", action=argparse.BooleanOptionalAction)
     known, _ = first.parse_known_args(argv)
     preset = kind.preset(known.dataset, known.paper)
-    parser = parser_for(
-        kind,
+    parser = Parser(
+        kind.__module__,
         usage=f"{kind.TRAIN} [--setting value ...]",
         epilog="[S] the paper states it, [A] the public ActionFormer has it, [J] neither.\n"
                f"The defaults are those in force for --dataset {short(known.dataset)}.",

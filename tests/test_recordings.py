@@ -354,7 +354,7 @@ def test_the_command_goes_on_and_says_which_videos_failed(packages, tmp_path, ca
     (tmp_path / "out").mkdir()
     (tmp_path / "out/a.npy").write_bytes(b"there already")
     argv = (tmp_path / "videos", "--out", tmp_path / "out", *SMALL)
-    s = windows.read_command([str(word) for word in argv], video_features.Settings, "")
+    s = windows.read_command([str(word) for word in argv], video_features.Settings)
     video_features.keep_settings(s, [])
     words = ("b.mp4 is shorter than a window: it has 3 frames at 15", "2 videos", "b, c")
     refused_by(video_features.main, argv, capsys, *words)
