@@ -177,11 +177,10 @@ def trust_of(content, weights):
 
 
 def unfinished(content, path):
-    """A warning where a checkpoint's detector is none that a run has ended with, as a list."""
-    if content.get("trust", {}) is not None:
-        return []
-    return [f"checkpoint {path}: its detector is not finished, it is that of stage "
-            f"{content['stage']}, epoch {content['epoch']}"]
+    """Yield a warning where a checkpoint's detector is none that a run has ended with."""
+    if content.get("trust", {}) is None:
+        yield (f"checkpoint {path}: its detector is not finished, it is that of stage "
+               f"{content['stage']}, epoch {content['epoch']}")
 
 
 def check_detector(content, kind, where):

@@ -1,4 +1,5 @@
 """Checks: what is odd about a data set or about predictions; what a run says of its data."""
+from collections import Counter
 from itertools import compress, takewhile
 from statistics import median_low
 
@@ -41,9 +42,9 @@ def rises_evenly(sums, channel):
 
 def odd_features(sums):
     """Yield warnings about features {id: files.Sums}."""
-    gaps = {name: x.gaps for name, x in sums.items() if x.gaps}
+    gaps = +Counter({name: x.gaps for name, x in sums.items()})  # + leaves out zeros
     if gaps:
-        yield (f"{sum(gaps.values())} steps of {len(gaps)} videos hold NaN or infinity and were "
+        yield (f"{gaps.total()} steps of {len(gaps)} videos hold NaN or infinity and were "
                f"filled from the step before: {several(gaps)}")
     channels = range(min((len(x.mean) for x in sums.values()), default=0))
     clocks = len([*takewhile(lambda channel: rises_evenly(sums, channel), channels)])
@@ -86,27 +87,35 @@ def check_segments(a, video, where):
 
 
 def left_out(annotations, videos):
-    """What --bad-segments skip leaves out, in words, as a list."""
-    bad = {name: int((~forms.good_segments(a, videos[name].duration)).sum())
-           for name, a in annotations.items()}
-    bad = {name: count for name, count in bad.items() if count}
-    told = f"{sum(bad.values())} segments of {len(bad)} videos, empty or outside: {several(bad, 2)}"
-    return [told] if bad else []
+    """Yield what --bad-segments skip leaves out, in words."""
+    bad = +Counter({name: (~forms.good_segments(a, videos[name].duration)).sum()
+                    for name, a in annotations.items()})
+    if bad:
+        yield f"{bad.total()} segments of {len(bad)} videos, empty or outside: {several(bad, 2)}"
+
+
+def repeated(annotations):
+    """Yield a warning about instances of {id: Annotation} that repeat another."""
+    twice = +Counter({
+        name: len(a.labels) - len({*zip(map(tuple, a.segments.tolist()), a.labels)})
+        for name, a in annotations.items()})
+    if twice:
+        yield (f"{twice.total()} instances of {len(twice)} videos repeat another of the same "
+               f"segment and label, and count as well: {several(twice)}")
 
 
 def cut_off(annotations, videos):
     """Yield a warning about segments that begin before their video, or end after it, by more than
     a window or a stride."""
-    cut = {}
+    beyond = Counter()
     for name, a in annotations.items():
         grid, duration = videos[name].grid, videos[name].duration
         window = max(grid.frames, grid.stride) / grid.fps
-        beyond = np.maximum(-a.segments[:, 0], a.segments[:, 1] - duration) > window
-        count = int((beyond & forms.good_segments(a, duration)).sum())
-        if count:
-            cut[name] = count
+        far = np.maximum(-a.segments[:, 0], a.segments[:, 1] - duration) > window
+        beyond[name] = (far & forms.good_segments(a, duration)).sum()
+    cut = +beyond
     if cut:
-        yield (f"{sum(cut.values())} segments of {len(cut)} videos begin before their video or end "
+        yield (f"{cut.total()} segments of {len(cut)} videos begin before their video or end "
                f"after it, and are cut there where they teach: {several(cut)}")
 
 
@@ -265,7 +274,7 @@ def look(dataset, videos, annotations, path, s):
     yield from cut_off(annotations, videos)
     yield from check_spans(videos, annotations, s, dataset.dim)
     if s.dataset not in sources.LAYOUTS and not s.one_class:
-        yield from forms.repeated(annotations)
+        yield from repeated(annotations)
     yield from check_labelled(dataset.labelled, annotations, path, s)
     yield from check_raw(dataset.labelled, s)
     yield from odd_rates(dataset.labelled + dataset.unlabelled) if s.stride else ()
@@ -311,8 +320,6 @@ def check_positives(detector, dataset, s):
                        "their lengths")
 
 
-
-
 def check_new_video(name, width, expected, duration, stride):
     """Raise BadInput for a new video of another width, or without the duration that it needs."""
     if width != expected:
@@ -324,11 +331,10 @@ def check_new_video(name, width, expected, duration, stride):
 
 
 def odd_tests(test, trained):
-    """Warnings about test videos that a checkpoint was trained on; `trained` are ids."""
+    """A warning about test videos that a checkpoint was trained on, as a list; trained: ids."""
     seen = [video.id for video in test if video.id in trained]
-    if seen:
-        return [f"{len(seen)} of {len(test)} test videos were training videos: {several(seen, 3)}"]
-    return []
+    told = f"{len(seen)} of {len(test)} test videos were training videos: {several(seen, 3)}"
+    return [told] if seen else []
 
 
 def truth_for(predictions, annotations, subset, gt):
@@ -355,7 +361,7 @@ def outside(predictions, truth):
     """Yield a warning about predictions that lie, by more than half, outside their video.
 
     Where the truth says no duration, all of its instances span the video."""
-    odd = {}
+    odd = Counter()
     unit = ""
     for video in predictions.keys() & truth.keys():
         a = truth[video]
@@ -366,7 +372,7 @@ def outside(predictions, truth):
             odd[video] = count
             unit = unit or likely_unit(times.max(), duration, a.fps or 30)
     if odd:
-        yield (f"{sum(odd.values())} predictions in {len(odd)} videos lie outside their video: "
+        yield (f"{odd.total()} predictions in {len(odd)} videos lie outside their video: "
                f"{several(sorted(odd), 2)}{unit}")
 
 

@@ -241,19 +241,6 @@ def good_segments(a, duration):
     return (np.diff(a.segments)[:, 0] > 0) & half_inside(a.segments, duration)
 
 
-def repeated(annotations):
-    """A warning about instances of {id: Annotation} that repeat another, as a list."""
-    twice = {}
-    for name, a in annotations.items():
-        count = len(a.labels) - len({*zip(map(tuple, a.segments.tolist()), a.labels)})
-        if count:
-            twice[name] = count
-    if not twice:
-        return []
-    return [f"{sum(twice.values())} instances of {len(twice)} videos repeat another of the same "
-            f"segment and label, and count as well: {several(twice)}"]
-
-
 def class_names(annotations):
     """Class names in the order of their label_id (numbers, or strings of numbers), else by name."""
     pairs = set()

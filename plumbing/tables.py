@@ -297,20 +297,19 @@ def is_known(path):
 
 
 def unused(path, used=()):
-    """What is not read of annotations, in words, as a list: columns of a table, other files of a
-    folder.
+    """Yield what is not read of annotations, in words: columns of a table, other files of a folder.
 
     used: the folder's files that something else reads"""
     path = Path(path)
-    if path.is_dir():
-        others = [place for place, file in files_in(path) if file not in used
-                  and file.suffix.lower() in (".csv", ".tsv", ".json", ".lab", ".srt")]
-        told = f"{len(others)} files that are no *.txt of {path}: {several(others)}"
-        return [told] if others else []
     read = reader_of(path)
+    others = [place for place, file in files_in(path) if file not in used
+              and file.suffix.lower() in (".csv", ".tsv", ".json", ".lab", ".srt")]
+    if others:
+        yield f"{len(others)} files that are no *.txt of {path}: {several(others)}"
     is_table = read is read_table or read is read_text_file and has_header(lines_of(path))
     names = open_table(path).unused if is_table else []
-    return [f"the column(s) {several(names)} of {path}"] if names else []
+    if names:
+        yield f"the column(s) {several(names)} of {path}"
 
 
 def read_any(path, ignored="", fps=0):
