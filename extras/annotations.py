@@ -13,24 +13,18 @@ The tables that BORIS, ELAN, Audacity and spreadsheets write train.py reads as t
 """
 import re
 import sys
-from pathlib import Path, PureWindowsPath
 from urllib.parse import unquote
 
 from plumbing import forms
 from plumbing.files import VIDEOS, read_json, write_json
 from plumbing.runs import guard
 from plumbing.settings import Parser
+from plumbing.tables import id_of
 from plumbing.words import BadInput, say, several, short, warn
 
 SOUND = ("labels", "timeserieslabels")  # Label Studio's labels of times in seconds
 SEGMENT = "FILE1_Z2_XY0"  # as VIA calls what a segment of a recording has
 DELETED = 1  # VIA's flag
-
-
-def id_of(name):
-    """The id of a video: the name of its file, without folder and ending."""
-    path = Path(PureWindowsPath(name).name)
-    return path.stem if path.suffix.lower() in VIDEOS else path.name
 
 
 # ---- Label Studio -------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from plumbing.listing import id_of
 from plumbing.processes import means_of_all
 from plumbing.runs import guard
 from plumbing.settings import Nothing, NotNegative, Parser, Width, parser_of
-from plumbing.sources import feature_files, whole_paths
+from plumbing.sources import files_of_videos, whole_paths
 from plumbing.words import BadInput, say, several, warn
 
 GROUPS = 4  # of the grouped convolutions [B]
@@ -634,7 +634,7 @@ def proposals_of_run(trained):
 def proposals_of_files(trained, path):
     """({id: proposals}, []) of a new video's feature file, or of a folder of them."""
     found = {}
-    for place, file in feature_files(path).items():
+    for place, file in files_of_videos(path).items():
         name = id_of(place, trained.s)
         segments, _, scores = trained(file, name=name)
         found[name] = [{"score": score, "segment": segment}

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from extras.windows import read_command, write_features
-from plumbing.files import VIDEOS, files_in, read_json, reading, write_json
+from plumbing.files import VIDEOS, read_json, reading, write_json
 from plumbing.processes import pick_device
 from plumbing.runs import guard
 from plumbing.settings import CheckedSettings, Count, OneOf, Positive, Text
+from plumbing.sources import files_of_videos
 from plumbing.words import BadInput, nearest, refuse, say, short, shown, warn
 
 HEADS = ("fc", "classifier", "head")  # how torchvision's networks call their classification layer
@@ -43,19 +44,6 @@ class Settings(CheckedSettings):
 
 
 # ---- Files --------------------------------------------------------------------------------------
-
-def video_files(path):
-    """{name: file} of a video, or of all in a folder; raises BadInput if there is none."""
-    path = Path(path)
-    if not path.is_dir():
-        return {path.stem: path}
-    kinds = [kind for kind in VIDEOS if kind not in SOUNDS]
-    files = [row for row in files_in(path) if row[1].suffix.lower() in kinds]
-    found = {place.with_suffix("").as_posix(): file for place, file in files}
-    if len(found) < len(files) or not files:
-        raise BadInput(f"{path} must hold one file a video ({', '.join(kinds)})")
-    return found
-
 
 def keep_settings(s, there):
     """Write beside the features how they are made; raises BadInput where some are made otherwise.
@@ -156,7 +144,7 @@ def features_of(path, s, network, prepare, av):
 def make_features(s):
     """Write the features of all videos, and say what to train with; raises BadInput."""
     av, models = packages()
-    files = video_files(s.videos)
+    files = files_of_videos(s.videos, [kind for kind in VIDEOS if kind not in SOUNDS])
     targets = {name: Path(s.out, f"{name}.npy") for name in files}
     todo = [name for name in files if not targets[name].exists()]
     network, prepare = load_network(s, models)

@@ -37,7 +37,7 @@ from plumbing.settings import (
     comment_of,
     number,
 )
-from plumbing.sources import feature_files
+from plumbing.sources import files_of_videos
 from plumbing.words import BadInput, say, several, shown, warn
 
 # Units of time: the word for each, and how many are a second.
@@ -234,7 +234,7 @@ def advice(rates, s):
 
 def make_features(s):
     """Write the features of all recordings, and say what to train with; raises BadInput."""
-    files = feature_files(s.raw)
+    files = files_of_videos(s.raw)
     targets = feature_targets(files, s.out, s.raw, s.overwrite)
     features = {}
     rates = []

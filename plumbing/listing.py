@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 
 from plumbing import forms
-from plumbing.sources import feature_files
+from plumbing.sources import files_of_videos
 from plumbing.words import BadInput, refuse, say, short
 
 LEAST_SCORE = 0.3  # of what is listed, where no test says a better one
@@ -89,7 +89,7 @@ def id_of(name, s):
 def videos_of(localize, args):
     """{id: Video} of the feature files of args.features, all looked at before the first is
     searched; raises BadInput."""
-    files = feature_files(args.features)
+    files = files_of_videos(args.features)
     if args.duration and localize.s.stride and len(files) > 1:
         raise BadInput(f"--duration is of one video, and {args.features} holds {len(files)}")
     videos = {}

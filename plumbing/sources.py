@@ -327,13 +327,14 @@ def choose_training_data(s):
     return completed(chosen, s)
 
 
-def feature_files(path):
-    """{name: file} of a feature file, or of all in a folder; raises BadInput if there is none."""
+def files_of_videos(path, kinds=READERS):
+    """{name: file} of a file, or of all of some kinds, endings, in a folder; raises BadInput if
+    there is none."""
     path = Path(path)
     if not path.is_dir():
         return {path.stem: path}
-    files = [row for row in files_in(path) if row[1].suffix.lower() in READERS]
+    files = [row for row in files_in(path) if row[1].suffix.lower() in kinds]
     found = {place.with_suffix("").as_posix(): file for place, file in files}
     if len(found) < len(files) or not files:
-        raise BadInput(f"{path} must hold one feature file a video ({', '.join(READERS)})")
+        raise BadInput(f"{path} must hold one file a video ({', '.join(kinds)})")
     return found

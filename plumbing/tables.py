@@ -138,11 +138,9 @@ def seconds_of(text, name, where):
     return time / 1000 if name.endswith("- msec") else time
 
 
-def video_of(cell, name):
-    """The id of a video; of a tool's path of a recording its name, without folder and ending."""
-    if name == "video":
-        return cell
-    path = Path(PureWindowsPath(cell).name)  # of any system
+def id_of(recording):
+    """The id of the video that a tool names by a path: its name, without folder and ending."""
+    path = Path(PureWindowsPath(recording).name)  # of any system
     return path.stem if path.suffix.lower() in (*VIDEOS, ".eaf") else path.name
 
 
@@ -175,9 +173,9 @@ def entries_of(table, path):
     faults = {}
     cells = {}  # {id: what names its recording in the first of its rows}
     for line, row in table.rows:
-        name = path.stem
-        if "video" in row:
-            name = video_of(row["video"], table.names["video"])
+        name = row.get("video", path.stem)
+        if table.names.get("video", "video") != "video":  # a column of paths
+            name = id_of(name)
         where = f"annotation file {path}, line {line}, video {short(name)}:"
         try:
             if not name:
