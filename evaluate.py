@@ -359,7 +359,7 @@ class Localizer:
         if not isinstance(feats, (str, Path)):
             feats = np.asarray(feats)
         sums = sum_features(feats, self.s.reading(), name)
-        checks.check_new_video(name, len(sums.mean), len(self.mean), duration, self.s.stride)
+        checks.check_new_video(name, feats, sums, len(self.mean), duration, self.s.stride)
         note = forms.unknown_video(duration, self.fps)
         return place_video(name, note, feats, sums.steps, self.s)
 

@@ -7,26 +7,25 @@ import numpy as np
 import torch
 
 from plumbing import forms, sources
-from plumbing.files import columns_of
+from plumbing.files import columns_of, place_of
 from plumbing.processes import process_count
 from plumbing.words import BadInput, several, short, shown
 
 
-def check_width(name, file, sums, dim):
+def check_width(name, source, sums, dim):
     """Raise BadInput where a video's features are of another width D than those of all videos.
 
-    file  of the video
-    sums  of all videos, {id: files.Sums}
-    dim   the checkpoint's D, None for that of the first video"""
+    source  of the video
+    sums    of all videos, {id: files.Sums}
+    dim     the checkpoint's D, None for that of the first video"""
     mine, first = sums[name], next(iter(sums.values()))
     expected, width = dim or len(first.mean), len(mine.mean)
     if width == expected:
         return
-    like = mine.steps == expected or all(other.steps == mine.steps for other in sums.values())
+    like = mine.steps == expected or not dim and len({x.steps for x in sums.values()}) == 1
     turned = "; transposed it would fit: features are (T, D)" if like else ""
-    others = "the checkpoint's" if dim else "the others"
-    raise BadInput(f"video {short(name)}: feature file {file} is {width} wide, {others} "
-                   f"{expected}{turned}")
+    others = "the training had" if dim else "the others have"
+    raise BadInput(f"{place_of(source, name)} has {width} channels, {others} {expected}{turned}")
 
 
 def rises_evenly(sums, channel):
@@ -320,10 +319,9 @@ def check_positives(detector, dataset, s):
                        "their lengths")
 
 
-def check_new_video(name, width, expected, duration, stride):
+def check_new_video(name, source, sums, dim, duration, stride):
     """Raise BadInput for a new video of another width, or without the duration that it needs."""
-    if width != expected:
-        raise BadInput(f"{name} has features of {width} channels, the training had {expected}")
+    check_width(name, source, {name: sums}, dim)
     if duration is not None and not 0 < duration < 10 ** 6:
         raise BadInput(f"{name}: a duration must be positive, not {duration}")
     if stride == 0 and not duration:

@@ -533,9 +533,8 @@ def sum_all(sources, how):
 def statistics(sums):
     """Mean and std (D,) over all videos of their Sums; a std of 0 becomes 1."""
     steps, means, spreads, _ = (np.array(column) for column in zip(*sums))
-    share = (steps / steps.sum())[:, None]
-    mean = (share * means).sum(0)
-    variance = spreads.sum(0) / steps.sum() + (share * (means - mean) ** 2).sum(0)
+    mean = np.average(means, 0, steps)
+    variance = spreads.sum(0) / steps.sum() + np.average((means - mean) ** 2, 0, steps)
     std = np.sqrt(variance)
     return mean, np.where(std > 1e-6, std, 1)
 

@@ -8,12 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from plumbing.words import BadInput
-
-
-def process_rank():
-    """Which of the processes that torchrun started this one is; 0 alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
+from plumbing.words import BadInput, process_rank
 
 
 def process_count():

@@ -51,8 +51,6 @@ def split_videos(videos, ratio, split, seed):
     order = [names[i] for i in rng.permutation(len(names))]
     if split != "stratified":
         return sorted(order[:count])
-    labels = {}
-    for name, a in videos.items():
-        good = forms.good_segments(a, a.duration or math.inf)
-        labels[name] = set(compress(a.labels, good))
+    labels = {name: {*compress(a.labels, forms.good_segments(a, a.duration or math.inf))}
+              for name, a in videos.items()}
     return sorted(stratify(order, labels, count))

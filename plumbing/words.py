@@ -41,9 +41,14 @@ def several(names, most=5):
     return text if len(names) <= most else f"{text} and {len(names) - most} more"
 
 
+def process_rank():
+    """Which of the processes that torchrun started this one is; 0 alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def is_first():
-    """Whether this is the process that writes and prints, of those that torchrun started."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    """Whether this is the process that writes and prints."""
+    return process_rank() == 0
 
 
 def put(text, stream):
