@@ -145,58 +145,55 @@ def labelled_share(chosen, s):
     return s.ratio or (1.0 if every else 0.1)
 
 
-def tell_files_left(chosen, s):
-    """Say which feature files of own data are ignored.
+def free_files(folder, chosen, s):
+    """{id: file} of the feature files in a folder that no entry has."""
+    there = filter(os.path.exists, chosen.sources.values())
+    taken = set(map(os.path.realpath, there))  # behind links, too
+    return {name: file for name, file in feature_ids(folder, s).items()
+            if os.path.realpath(file) not in taken}
 
-    Those of another kind that lie beside none of the same name and, where --unlabelled-features
-    names another folder, here those without an entry, there those with one."""
-    if s.dataset in LAYOUTS:
-        return
-    path, folder = locate(s)
-    here = feature_ids(folder, s)
-    beside = {str(file).removesuffix(s.extension) for file in here.values()}
-    other = [place for place, file in files_in(folder)
-             if file.suffix.lower() in READERS and not file.name.endswith(s.extension)
-             and str(file.with_suffix("")) not in beside and file.resolve() != path.resolve()]
-    left = {"feature files of another --extension": other}
-    if s.unlabelled_features not in ("", "none") and Path(s.unlabelled_features) != folder:
-        there = feature_ids(s.unlabelled_features, s)
-        taken = set(chosen.sources.values())
-        left["feature files without an entry beside the labelled"] = [
-            name for name in here if name not in chosen.entries and here[name] not in taken]
-        left["files of --unlabelled-features that have an entry"] = [
-            name for name in there if name in chosen.entries and there[name] not in taken]
-    chosen.ignored += [f"{len(names)} {what}: {several(names, 2)}"
-                       for what, names in left.items() if names]
+
+def files_of_other_kinds(folder, path, s):
+    """The feature files in a folder, as a list, that have another extension and lie beside none of
+    the same name. path: of the annotations, which may be one such"""
+    return [place for place, file in files_in(folder)
+            if file.suffix.lower() in READERS and not file.name.endswith(s.extension)
+            and not os.path.lexists(f"{file.with_suffix('')}{s.extension}")
+            and file.resolve() != path.resolve()]
 
 
 def take_files_without_entry(chosen, s):
-    """Take the feature files without an entry, or say that they are ignored.
+    """Take the feature files without an entry, and say which feature files are ignored.
 
     Of own data those of the feature folder, if no other is named; of a published data set those
     of --unlabelled-features. Raises BadInput where that has none, or one lacks what its grid needs.
     """
-    tell_files_left(chosen, s)
-    own, named = s.dataset not in LAYOUTS, s.unlabelled_features not in ("", "none")
-    folder = s.unlabelled_features if named else locate(s)[1]
-    there = filter(os.path.exists, chosen.sources.values())
-    taken = set(map(os.path.realpath, there))  # behind links, too
-    loose = {name: file for name, file in feature_ids(folder, s).items()
-             if name not in chosen.entries and os.path.realpath(file) not in taken}
+    named = s.unlabelled_features not in ("", "none")
+    path, folder = locate(s)
+    here = free_files(folder, chosen, s)
+    found = free_files(s.unlabelled_features, chosen, s) if named else here
+    loose = {name: file for name, file in found.items() if name not in chosen.entries}
     if named and not loose:
-        raise BadInput(f"--unlabelled-features {short(folder, 150)} holds no file {s.prefix}<id>"
-                       f"{s.extension} without an annotation entry")
-    if not loose:
-        return
-    told = f"{len(loose)} feature files without an entry: {several(loose, 2)}"
-    if not named and (not own or s.unlabelled_features == "none"):
-        chosen.ignored.append(f"{told} (--unlabelled-features takes them)")
-        return
+        raise BadInput(f"--unlabelled-features {short(s.unlabelled_features, 150)} holds no file "
+                       f"{s.prefix}<id>{s.extension} without an annotation entry")
+    if not named and (s.unlabelled_features == "none" or s.dataset in LAYOUTS):
+        loose = {}
+    left = {
+        "feature files without an entry": [
+            name for name, file in here.items()
+            if name not in chosen.entries and file != loose.get(name)],
+        "files of --unlabelled-features that have an entry": [
+            name for name in found if named and name in chosen.entries],
+        "feature files of another --extension": files_of_other_kinds(folder, path, s),
+    }
+    chosen.ignored += [f"{len(names)} {what}: {several(names, 2)}"
+                       for what, names in left.items() if names]
     rates = {a.fps for a in chosen.entries.values()}
     fps = rates.pop() if len(rates) == 1 else None
     lack = "duration, which --stride 0 needs" if s.stride == 0 else "" if fps else "fps; give --fps"
-    if lack:
-        raise BadInput(f"{told} have no {lack} (--unlabelled-features none leaves them out)")
+    if loose and lack:
+        raise BadInput(f"{len(loose)} feature files without an entry: {several(loose, 2)} have no "
+                       f"{lack} (--unlabelled-features none leaves them out)")
     chosen.sources |= loose
     chosen.bare |= {name: forms.unknown_video(None, fps) for name in loose}
 
