@@ -262,10 +262,10 @@ class Dataset:
         return len(self.mean)
 
 
-def open_videos(chosen, s, dim=None):
+def open_videos(chosen, s, trained=None):
     """({id: Video}, {id: files.Sums}): every file checked; raises BadInput.
 
-    dim  the checkpoint's D, None for that of the first video"""
+    trained  as test_data() has it"""
     annotations = chosen.everything()
     files = {name: chosen.sources[name] for name in annotations}
     found, faults = sum_all(files, s.reading())
@@ -273,7 +273,7 @@ def open_videos(chosen, s, dim=None):
     for name, sums in found.items():
         where = f"annotation file {chosen.path}, video {short(name)}:"
         try:
-            checks.check_width(name, files[name], found, dim)
+            checks.check_channels(name, files[name], found, trained, s.skip_columns)
             checks.check_grid(annotations[name], s, where)
             videos[name] = place_video(name, annotations[name], files[name], sums.steps, s)
             if s.bad_segments == "error":
@@ -320,10 +320,10 @@ def training_data(s):
 def test_data(s, trained):
     """The Dataset of an evaluation alone; raises BadInput.
 
-    trained  what has a checkpoint's `classes`, `mean` and `std`"""
+    trained  what has a checkpoint's `classes`, `columns`, `mean` and `std`"""
     chosen = sources.choose_test_data(s)
     checks.check_known(chosen.path, chosen.test, trained.classes)
-    videos, _ = open_videos(chosen, s, len(trained.mean))
+    videos, _ = open_videos(chosen, s, trained)
     dataset = Dataset(
         trained.classes, trained.mean, trained.std, [videos[name] for name in sorted(chosen.test)],
         chosen.truth, warnings=chosen.warnings)

@@ -339,6 +339,7 @@ class Localizer:
         self.fps = self.s.fps or content["fps"]  # of the training videos
         self.classes = content["classes"]
         self.mean, self.std = content["mean"], content["std"]
+        self.columns = content.get("columns")  # of the features, where their header names them
         self.seen = content.get("fingerprint", {})  # the training videos, where it names them
         self.trust = checkpoints.trust_of(content, self.s.weights)
         warn(checkpoints.unfinished(content, path))
@@ -359,7 +360,7 @@ class Localizer:
         if not isinstance(feats, (str, Path)):
             feats = np.asarray(feats)
         sums = sum_features(feats, self.s.reading(), name)
-        checks.check_new_video(name, feats, sums, len(self.mean), duration, self.s.stride)
+        checks.check_new_video(name, feats, sums, self, duration)
         note = forms.unknown_video(duration, self.fps)
         return place_video(name, note, feats, sums.steps, self.s)
 

@@ -23,23 +23,26 @@ from plumbing.tables import id_of
 from plumbing.words import BadInput, say, several, short, warn
 
 SOUND = ("labels", "timeserieslabels")  # Label Studio's labels of times in seconds
+SERIES = (".csv", ".tsv")  # files of time series
 SEGMENT = "FILE1_Z2_XY0"  # as VIA calls what a segment of a recording has
 DELETED = 1  # VIA's flag
 
 
 # ---- Label Studio -------------------------------------------------------------------------------
 
-def recording_of(task):
-    """The id of a task's recording, of the first of its data that is one.
+def recording_of(task, where):
+    """The id of a task's recording or time series, of the first of its data that is one.
 
     It may be an address with a query, a file of local storage, or an upload, which has a number
-    before its name."""
+    before its name. Raises BadInput."""
     texts = [text for text in task["data"].values() if isinstance(text, str)]
     for text in texts:
         name = unquote(text.rpartition("?d=")[2].partition("?")[0])
-        if name.lower().endswith(VIDEOS):
-            return re.sub("^[0-9a-f]{8}-", "", id_of(name)) if "/upload/" in text else id_of(name)
-    raise BadInput(f"task {short(task.get('id'))} names no recording, only {several(texts)}")
+        if name.lower().endswith((*VIDEOS, *SERIES)):
+            bare = id_of(name).removesuffix(SERIES[0]).removesuffix(SERIES[1])
+            return re.sub("^[0-9a-f]{8}-", "", bare) if "/upload/" in text else bare
+    raise BadInput(f"{where}: task {short(task.get('id'))} names no file of a recording, only "
+                   f"{several(texts) or 'data of its own'}")
 
 
 def segments_of(value, fps, where):
@@ -86,7 +89,7 @@ def read_task(task, fps, where):
         labels = labels_of(value)
         if labels is None:
             continue
-        duration = value.get("original_length", duration)
+        duration = region.get("original_length", value.get("original_length", duration))
         annotations += [{"segment": segment, "label": label}
                         for segment in segments_of(value, fps, where) for label in labels]
     return {"subset": "training", "duration": duration, "annotations": annotations}
@@ -96,7 +99,7 @@ def from_label_studio(tasks, fps, where):
     """{id: entry} of the tasks that Label Studio exports; raises BadInput."""
     named = {}
     for task in tasks:
-        name = recording_of(task)
+        name = recording_of(task, where)
         if name in named:
             raise BadInput(f"{where}: two tasks are of the recording {short(name)}")
         named[name] = task
@@ -105,11 +108,14 @@ def from_label_studio(tasks, fps, where):
 
 def odd_tasks(tasks, where):
     """Yield warnings about what is left out of tasks that can be read."""
-    many = [recording_of(task) for task in tasks if len(given_of(task)) > 1]
+    many = [recording_of(task, where) for task in tasks if len(given_of(task)) > 1]
     if many:
         yield (f"{where}: {len(many)} tasks have several annotations; the one marked as ground "
                f"truth, else the first, is read: {several(many)}")
     regions = [region for task in tasks for region in regions_of(task)]
+    if any(SOUND[1] in region["value"] for region in regions):
+        yield (f"{where}: times in a time series are taken as seconds from its first row, whatever "
+               "its column of time counts")
     kinds = [region.get("type") for region in regions if labels_of(region["value"]) is None]
     if kinds:
         yield (f"{where}: {len(kinds)} regions have no label of a time and are left out, of the "

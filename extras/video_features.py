@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from extras.windows import read_command, write_features
-from plumbing.files import VIDEOS, read_json, reading, write_json
+from extras.windows import keep_settings, read_command, write_features
+from plumbing.files import MADE, SOUNDS, VIDEOS, reading
 from plumbing.processes import pick_device
 from plumbing.runs import guard
 from plumbing.settings import CheckedSettings, Count, OneOf, Positive, Text
@@ -27,7 +27,6 @@ from plumbing.sources import files_of_videos
 from plumbing.words import BadInput, nearest, refuse, say, short, shown, warn
 
 HEADS = ("fc", "classifier", "head")  # how torchvision's networks call their classification layer
-SOUNDS = (".wav", ".mp3")
 
 
 @dataclass(frozen=True)
@@ -45,20 +44,15 @@ class Settings(CheckedSettings):
 
 # ---- Files --------------------------------------------------------------------------------------
 
-def keep_settings(s, there):
+def check_made(s, there):
     """Write beside the features how they are made; raises BadInput where some are made otherwise.
 
     there  the files of features that exist"""
-    path = Path(s.out, "video_features.json")
-    made = {name: asdict(s)[name] for name in ("network", "weights", "frames", "stride", "rate")}
-    before = read_json(path, "file of settings") if path.exists() else made
-    if before != made:
-        raise BadInput(f"{path} says that the features there are of {short(before, 120)}, not "
-                       f"{short(made, 120)}: give another --out")
+    path = Path(s.out, MADE[1])
     if there and not path.exists():
         raise BadInput(f"{there[0]} exists, and no {path} says how it was made: give another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, made)
+    made = {name: asdict(s)[name] for name in ("network", "weights", "frames", "stride", "rate")}
+    keep_settings(path, made)
 
 
 # ---- From a video to features -------------------------------------------------------------------
@@ -148,7 +142,7 @@ def make_features(s):
     targets = {name: Path(s.out, f"{name}.npy") for name in files}
     todo = [name for name in files if not targets[name].exists()]
     network, prepare = load_network(s, models)
-    keep_settings(s, [targets[name] for name in files if name not in todo])
+    check_made(s, [targets[name] for name in files if name not in todo])
     say(f"{len(files)} videos, {len(files) - len(todo)} have their features already")
     faults = {}
     began = time.time()

@@ -18,12 +18,16 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.files import (
+    MADE,
     Reading,
     bad_steps,
     columns_of,
+    files_in,
     first_bad,
     read_features,
+    read_json,
     write_atomically,
+    write_json,
 )
 from plumbing.runs import guard
 from plumbing.settings import (
@@ -38,14 +42,17 @@ from plumbing.settings import (
     number,
 )
 from plumbing.sources import files_of_videos
-from plumbing.words import BadInput, say, several, shown, warn
+from plumbing.words import BadInput, say, several, short, shown, warn
 
 # Units of time: the word for each, and how many are a second.
 UNITS = {
     "s": ("seconds", 1), "ms": ("milliseconds", 1e3), "us": ("microseconds", 1e6),
     "ns": ("nanoseconds", 1e9)}
-# What a column that counts rows or time is called, with its unit or without.
-NAMES = re.compile(rf"(time|timestamp|t|date|index)[\W_]*({'|'.join(UNITS)})?[\W_]*")
+UNIT_OF = {"sec": "s", "seconds": "s", "msec": "ms", "milliseconds": "ms", "microseconds": "us",
+           "nanoseconds": "ns"} | {unit: unit for unit in UNITS}
+# The words of which the name of a column that counts rows or time consists, beside its unit.
+CLOCK = {"time", "timestamp", "stamp", "t", "date", "index", "elapsed", "seconds", "unix", "epoch"}
+ANSWERS = {"label", "class", "activity", "annotation", "target", "gesture", "subject", "id"}
 SAME_RATE = 0.001  # rates that differ by a smaller share are one
 AtLeast2 = number(int, 2, 10 ** 6, "from 2 to a million")
 
@@ -81,36 +88,51 @@ def is_even(steps):
     return (steps > 0).all() and usual.mean() >= 0.9
 
 
-def read_counter(times, name, file):
-    """What a column counts: (word of its name, its unit), each None where it does not say.
+def words_of(name):
+    """The words of a column's name, in lower case."""
+    return {word for word in re.split(r"[\W_]+", name.lower()) if word}
 
-    None for a channel, that is, a column of another name that does not rise evenly. Raises
-    BadInput for one that is named as a clock and does not rise."""
-    named = NAMES.fullmatch(name.lower())
+
+def read_counter(times, name, file):
+    """What a column counts: (the words of its name, its unit or None).
+
+    None for a channel, that is, a column of another name that does not rise evenly; a warning for
+    one that never falls. Raises BadInput for one that is named as a clock and does not rise."""
+    words = words_of(name)
     steps = np.diff(times)
-    if not named:
-        return (None, None) if is_even(steps) else None
+    if not words & CLOCK or words - CLOCK - UNIT_OF.keys():
+        if not is_even(steps) and (steps >= 0).all() and steps.any():
+            warn([f"recording {file}: its column {shown(name)} never falls, as that of a clock, "
+                  "and is taken as a channel"])
+        return (set(), None) if is_even(steps) else None
     falls = ~(steps >= 0)  # so is NaN
     if falls.any() or times[-1] == times[0]:
         raise BadInput(f"recording {file}: its column {shown(name)} does not rise at row "
                        f"{falls.argmax() + 2}: rows must be in the order of time")
-    return named.groups()
+    return words, next((UNIT_OF[word] for word in words if word in UNIT_OF), None)
 
 
-def read_clock(times, word, unit, file, stride):
+def likely_unit(times, rows_a_tick):
+    """The unit of a clock that does not name it: by the size of a time since 1970, else the first
+    in which at least one row comes a second."""
+    if times[0] >= 1e9:  # seconds have ten digits, the others three more each
+        return list(UNITS)[int(np.searchsorted([1e11, 1e14, 1e17], times[0], side="right"))]
+    return next((unit for unit, (_, many) in UNITS.items()
+                 if rows_a_tick * many >= 1 - SAME_RATE), "ns")
+
+
+def read_clock(times, words, unit, file, stride):
     """(rows a second, the clock in words) of a column that rises; (None, "") if it counts rows.
 
-    Without a unit it is the first in which more than one row comes a second. Rows that lie more
-    than `stride` rows from where the rate puts them are a warning.
-    word, unit  as read_counter() gives them"""
-    if word == "index" or not word and (np.diff(times) == 1).all():
+    Rows that lie more than `stride` rows from where the rate puts them are a warning.
+    words, unit  as read_counter() gives them"""
+    if "index" in words or not words and (np.diff(times) == 1).all():
         return None, ""
     passed = times - times[0]
     rows = np.arange(len(times))
     rows_a_tick = rows[-1] / passed[-1]
     assumed = "" if unit else ", assumed by its size"
-    unit = unit or next((u for u, (_, many) in UNITS.items() if rows_a_tick * many > 1), "ns")
-    word, many = UNITS[unit]
+    word, many = UNITS[unit or likely_unit(times, rows_a_tick)]
     rate = rows_a_tick * many
     beside = abs(passed * rows_a_tick - rows).max()
     if beside > stride:
@@ -159,6 +181,10 @@ def read_recording(file, name, s):
     if s.rate:
         rate, clock = s.rate, "by --rate"
     left_out = [name or f"column {i}" for i, name in enumerate(names[:first], 1)]
+    answers = [name for name in names[first:] if words_of(name) & ANSWERS]
+    if answers:
+        warn([f"recording {file}: its column {several(answers)} is taken as a channel, so that the "
+              "features hold it; if it is the answer, cut it out"])
     recording = Recording(file, rows[:, first:], names[first:], left_out, rate, clock)
     check_finite(recording)
     return recording
@@ -207,6 +233,18 @@ def feature_targets(names, out, source, overwrite):
     return targets
 
 
+def keep_settings(path, made, anew=False):
+    """Write how the features of a folder are made; raises BadInput where some are made otherwise.
+
+    anew  whether none is kept"""
+    before = read_json(path, "file of settings") if path.exists() and not anew else made
+    if before != made:
+        raise BadInput(f"{path} says that the features there are of {short(before, 120)}, not "
+                       f"{short(made, 120)}: give another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, made)
+
+
 def write_features(path, features):
     """Write a .npy file atomically, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,8 +254,9 @@ def write_features(path, features):
 def describe(name, recording, windows):
     """A recording and its features in a line."""
     rate = f"; {recording.rate:.6g} rows a second {recording.clock}" if recording.rate else ""
-    return (f"{name}: {windows} windows of {len(recording.channels)} channels{without(recording)}"
-            f"{rate}")
+    named = f" ({several(recording.channels, 8)})" if any(recording.channels) else ""
+    return (f"{name}: {windows} windows of {len(recording.channels)} channels{named}"
+            f"{without(recording)}{rate}")
 
 
 def advice(rates, s):
@@ -246,6 +285,10 @@ def make_features(s):
         features[name] = features_of(recording.rows, s.window, s.stride)
         rates.append(recording.rate)
         say(describe(name, recording, len(features[name])))
+    made = {"window": s.window, "stride": s.stride, "channels": first.channels}
+    ours = set(targets.values())
+    kept = [file for _, file in files_in(s.out, "*.npy") if file not in ours]
+    keep_settings(Path(s.out, MADE[0]), made, anew=not kept)
     for name, target in targets.items():
         write_features(target, features[name])
     say(f"the features of {len(files)} recordings are in {s.out}; train with {advice(rates, s)}")

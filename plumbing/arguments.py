@@ -71,10 +71,10 @@ def words_of(given, kind):
 
 # The arguments of each mode of evaluate.py; below, those that are no settings: type and help.
 MODES = {
-    "new": "checkpoint features out min_score duration fps stride frames feature_key weights device"
-           .split(),
-    "test": "checkpoint dataset root annotations features missing subset ext_scores tiou weights "
-            "device json".split(),
+    "new": "checkpoint features out min_score duration fps stride frames feature_key fill_gaps "
+           "weights device".split(),
+    "test": "checkpoint dataset root annotations features extension prefix feature_key fps missing "
+            "fill_gaps bad_segments trust_grid subset ext_scores tiou weights device json".split(),
     "predictions": "pred gt subset ignore_labels fps tiou json".split(),
 }
 ARGUMENTS = {

@@ -82,6 +82,11 @@ def rate(x):
     return type(x) is float and 0 < x < 1e12
 
 
+def names(x):
+    """A list of texts."""
+    return type(x) is list and all(type(name) is str for name in x)
+
+
 def different_names(x):
     """A list of different texts."""
     return type(x) is list and x == list(dict.fromkeys(map(str, x)))
@@ -195,6 +200,7 @@ def check_detector(content, kind, where):
     if mean.shape != std.shape or not (std > 0).all():
         raise BadInput(f"{where} is not usable: its std is 0 somewhere, or its mean of another "
                        "width")
+    fits({"columns": content.get("columns", [])}, {"columns": names}, where)
     trust = content.get("trust")
     if trust is not None:  # before a run's end
         fits(trust, TRUST, f"{where}, trust")

@@ -1,4 +1,5 @@
 """Checks: what is odd about a data set or about predictions; what a run says of its data."""
+import unicodedata
 from collections import Counter
 from itertools import compress, takewhile
 from statistics import median_low
@@ -12,19 +13,25 @@ from plumbing.processes import process_count
 from plumbing.words import BadInput, several, short, shown
 
 
-def check_width(name, source, sums, dim):
-    """Raise BadInput where a video's features are of another width D than those of all videos.
+def check_channels(name, source, sums, trained, skip=0):
+    """Raise BadInput where a video's features have other channels than those of all videos.
 
-    source  of the video
-    sums    of all videos, {id: files.Sums}
-    dim     the checkpoint's D, None for that of the first video"""
-    mine, first = sums[name], next(iter(sums.values()))
-    expected, width = dim or len(first.mean), len(mine.mean)
+    source   of the video
+    sums     of all videos, {id: files.Sums}
+    trained  what has the `mean` (D,) and the `columns` of a checkpoint; None: D is that of the
+             first video
+    skip     leading columns that are left out"""
+    mine, first = sums[name], trained or next(iter(sums.values()))
+    expected, width = len(first.mean), len(mine.mean)
+    columns = columns_of(source)[skip:] if trained else []
+    others = "the training had" if trained else "the others have"
+    if columns and trained.columns and columns != trained.columns:
+        raise BadInput(f"{place_of(source, name)} has the columns {several(columns)}, {others} "
+                       f"{several(trained.columns)}")
     if width == expected:
         return
-    like = mine.steps == expected or not dim and len({x.steps for x in sums.values()}) == 1
+    like = mine.steps == expected or not trained and len({x.steps for x in sums.values()}) == 1
     turned = "; transposed it would fit: features are (T, D)" if like else ""
-    others = "the training had" if dim else "the others have"
     raise BadInput(f"{place_of(source, name)} has {width} channels, {others} {expected}{turned}")
 
 
@@ -197,6 +204,10 @@ def check_labelled(labelled, annotations, path, s):
         names = several([video.id for video in labelled])
         raise BadInput(f"annotation file {path}: there is nothing to learn from the labelled "
                        f"videos {names}: {why}")
+    silent = [video.id for video in labelled if not annotations[video.id].labels]
+    if silent:
+        yield (f"{len(silent)} of {len(labelled)} labelled videos teach that nothing happens in "
+               f"them: {several(silent)}")
     segments, on_step, in_crop = instances_of(labelled, s)
     if not on_step.all():
         yield (f"{(~on_step).sum()} of {len(on_step)} labelled instances hold no grid step and "
@@ -241,11 +252,12 @@ def check_classes(classes, missing):
     """Yield warnings about the names of the classes."""
     alike = {}
     for name in classes:
-        alike.setdefault("".join(name.lower().split()), []).append(name)
+        plain = unicodedata.normalize("NFKC", name).lower()
+        alike.setdefault("".join(plain.split()), []).append(name)
     for names in alike.values():
         if len(names) > 1:
-            yield (f"the labels {' and '.join(map(shown, names))} differ by letter case or blanks "
-                   "alone")
+            yield (f"the labels {' and '.join(map(shown, names))} differ by letter case, blanks or "
+                   "the coding of a letter alone")
         if "".join(c for c in names[0].lower() if c.isalnum()) in NO_ACTION:
             yield (f"the label {shown(names[0])} is learned and counted as an action; "
                    f"--ignore-labels {shown(names[0])} leaves it out")
@@ -319,12 +331,14 @@ def check_positives(detector, dataset, s):
                        "their lengths")
 
 
-def check_new_video(name, source, sums, dim, duration, stride):
-    """Raise BadInput for a new video of another width, or without the duration that it needs."""
-    check_width(name, source, {name: sums}, dim)
+def check_new_video(name, source, sums, trained, duration):
+    """Raise BadInput for a new video of other channels, or without the duration that it needs.
+
+    trained  an evaluate.Localizer"""
+    check_channels(name, source, {name: sums}, trained, trained.s.skip_columns)
     if duration is not None and not 0 < duration < 10 ** 6:
         raise BadInput(f"{name}: a duration must be positive, not {duration}")
-    if stride == 0 and not duration:
+    if trained.s.stride == 0 and not duration:
         raise BadInput(f"{name}: give its duration in seconds, which --stride 0 needs")
 
 

@@ -25,8 +25,11 @@ MOST_TEXT = 200 * 10 ** 6  # bytes of a JSON or text file; the largest published
 MOST_UNPACKED = 2 ** 31  # bytes of features read at once; a .npy file is read piece by piece
 
 
-VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".wav", ".mp3")
+SOUNDS = (".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".wma", ".aiff")
+VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v", ".mts", ".m2ts", ".ts",
+          ".wmv", ".flv", ".3gp", ".ogv", *SOUNDS)  # and what else has a time
 IS_VIDEO = "it is a recording, of which an extractor makes features first (README: Your own data)"
+MADE = ("windows.json", "video_features.json")  # how the features beside them were made
 SIGNS = {  # how files begin that are often taken for another kind, and what they are
     rb"\s*version https://git-lfs": "it is a Git LFS pointer, and git lfs pull brings the file",
     rb"\s*<": "it is a web page",
@@ -61,6 +64,14 @@ def files_in(folder, pattern="*"):
         found += [Path(place, name) for name in fnmatch.filter(folders + names, pattern)]
     rows = [(file.relative_to(folder), file) for file in sorted(found)]
     return [row for row in rows if not is_hidden(row[0])]
+
+
+def files_left(folder, taken):
+    """[path within it] of the files of a folder that are not taken, lie beside none of the same
+    name that is, and do not say how features were made."""
+    stems = {file.with_suffix("") for file in taken}
+    return [place for place, file in files_in(folder)
+            if file.name not in MADE and file.with_suffix("") not in stems and not file.is_dir()]
 
 
 # ---- Text and JSON ------------------------------------------------------------------------------

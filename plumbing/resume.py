@@ -29,6 +29,7 @@ def state_of(run):
         "classes": run.data.classes,
         "mean": run.data.mean,
         "std": run.data.std,
+        "columns": files.columns_of(labelled[0].source)[run.s.skip_columns:],
         "fps": checks.usual_rate(labelled + unlabelled),
         "labelled": list(instances),
         "instances": instances,
@@ -70,7 +71,7 @@ def save_detector(run):
     save(run)
     content = state_of(run)
     part = checkpoints.WEIGHTS[run.s.weights]
-    small = {key: content[key] for key in (*checkpoints.ALWAYS, part, "trust")}
+    small = {key: content[key] for key in (*checkpoints.ALWAYS, "columns", part, "trust")}
     path = run.folder.path / "detector.pt"
     files.write_atomically(path, lambda file: torch.save(small, file))
 
@@ -118,7 +119,8 @@ def check_data(theirs, mine, where):
 
 
 PATTERNS = {int: count, float: number, type(None): number}  # of what the run itself would write
-SEEN = ("settings", "stage", "fingerprint", "instances", "trust", "rng")  # each in its own check
+# Each in its own check.
+SEEN = ("settings", "stage", "columns", "fingerprint", "instances", "trust", "rng")
 
 
 def check_run(content, run, stages, limits, where):
@@ -136,8 +138,8 @@ def check_run(content, run, stages, limits, where):
     pattern |= {name: checkpoints.state_form(part) for name, part in run.parts().items()}
     pattern |= dict.fromkeys(SEEN, anything)
     pattern["rows"] = partial(checkpoints.sound_rows, stages=stages)
-    content.setdefault("rows", [])  # which an older file has not, nor how far to trust a list
-    content.setdefault("trust", None)
+    for name, value in {"rows": [], "columns": [], "trust": None}.items():
+        content.setdefault(name, value)  # which an older file has not
     if content.get("pseudo") is not None:
         record = partial(checkpoints.sound_record, limits=limits)
         pattern["pseudo"] = dict.fromkeys([video.id for video in run.data.unlabelled], record)

@@ -235,6 +235,13 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def argument_of(kind):
+    """How argparse takes a value of a type."""
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"type": kind, "metavar": kind.__name__}
+
+
 def add_setting(group, f, preset, hidden):
     """Add a setting to a group of a parser.
 
@@ -243,11 +250,8 @@ def add_setting(group, f, preset, hidden):
     default = "not set" if default == "" else default
     choices = f"; one of {', '.join(choices_of(f))}" if choices_of(f) else ""
     text = f"{comment_of(f)}{choices} (default {default})".replace("%", "%%")
-    kind = type_of(f)
-    value = {"type": kind, "metavar": kind.__name__}
-    if kind is bool:
-        value = {"action": argparse.BooleanOptionalAction}
-    group.add_argument(flag(f.name), help=argparse.SUPPRESS if hidden else text, **value)
+    group.add_argument(
+        flag(f.name), help=argparse.SUPPRESS if hidden else text, **argument_of(type_of(f)))
 
 
 def parser_of(names, kind, own):
@@ -258,7 +262,7 @@ def parser_of(names, kind, own):
     arguments = {f.name: (type_of(f), comment_of(f)) for f in fields(kind)} | own
     for name in names:
         value, comment = arguments[name]
-        parser.add_argument(flag(name), type=value, help=comment)
+        parser.add_argument(flag(name), help=comment, **argument_of(value))
     return parser
 
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from plumbing import forms, tables
-from plumbing.files import READERS, VIDEOS, files_in, is_hidden
+from plumbing.files import READERS, VIDEOS, files_in, files_left, is_hidden
 from plumbing.settings import SPLITS
 from plumbing.toy import toy_videos
-from plumbing.words import BadInput, several, short, shown
+from plumbing.words import BadInput, several, short, shown, warn
 
 # Where a published dataset lies below --root, in the layout of the public ActionFormer.
 LAYOUTS = {
@@ -132,7 +132,12 @@ def take_training(chosen, s):
         raise BadInput(f"annotation file {chosen.path}: no video of the subset {s.train_subset!r} "
                        "has annotations")
     if s.unlabelled_subset:
-        train = train | chosen.subset(s.unlabelled_subset, "--unlabelled-subset")
+        taken = chosen.subset(s.unlabelled_subset, "--unlabelled-subset")
+        both = taken.keys() & chosen.annotated.keys()
+        if both:
+            raise BadInput(f"--unlabelled-subset {s.unlabelled_subset} names {len(both)} videos "
+                           f"that --train-subset has, with their labels: {several(sorted(both))}")
+        train = train | taken
     chosen.bare = {name: forms.unknown_video(a.duration, a.fps) for name, a in train.items()
                    if name not in chosen.annotated}
 
@@ -151,15 +156,6 @@ def free_files(folder, chosen, s):
     taken = set(map(os.path.realpath, there))  # behind links, too
     return {name: file for name, file in feature_ids(folder, s).items()
             if os.path.realpath(file) not in taken}
-
-
-def files_of_other_kinds(folder, path, s):
-    """The feature files in a folder, as a list, that have another extension and lie beside none of
-    the same name. path: of the annotations, which may be one such"""
-    return [place for place, file in files_in(folder)
-            if file.suffix.lower() in READERS and not file.name.endswith(s.extension)
-            and not os.path.lexists(f"{file.with_suffix('')}{s.extension}")
-            and file.resolve() != path.resolve()]
 
 
 def take_files_without_entry(chosen, s):
@@ -184,7 +180,9 @@ def take_files_without_entry(chosen, s):
             if name not in chosen.entries and file != loose.get(name)],
         "files of --unlabelled-features that have an entry": [
             name for name in found if named and name in chosen.entries],
-        "feature files of another --extension": files_of_other_kinds(folder, path, s),
+        "files of another --extension": [
+            place for place in files_left(folder, feature_ids(folder, s).values())
+            if not Path(folder, place).resolve().is_relative_to(path.resolve())],
     }
     chosen.ignored += [f"{len(names)} {what}: {several(names, 2)}"
                        for what, names in left.items() if names]
@@ -334,4 +332,7 @@ def files_of_videos(path, kinds=READERS):
     found = {place.with_suffix("").as_posix(): file for place, file in files}
     if len(found) < len(files) or not files:
         raise BadInput(f"{path} must hold one file a video ({', '.join(kinds)})")
+    left = files_left(path, found.values())
+    if left:
+        warn([f"{len(left)} files of {path} are of another kind and not read: {several(left)}"])
     return found

@@ -16,7 +16,7 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 from plumbing import forms
-from plumbing.files import VIDEOS, files_in, read_text, separator_of
+from plumbing.files import VIDEOS, files_in, files_left, read_text, separator_of
 from plumbing.words import BadInput, refuse, several, short, shown
 
 # What columns are called, in any letter case, by people, BORIS and ELAN: of several the first in
@@ -29,9 +29,12 @@ NAMES = {
     "subset": "subset",
     "duration": "total length, media duration (s), duration",
     "fps": "fps, fps (frame/s)",
+    "observation": "observation id",
 }
+UNKNOWN = "NA"  # what BORIS writes of what it does not know
 OF_ELAN = re.compile("(begin time|end time|duration) - .*|tier|participant|file (name|path)|")
 CLOCK = re.compile(r"(?:([0-9]+):)?([0-9]+):([0-5]?[0-9](?:\.[0-9]*)?)")  # h:mm:ss or m:ss
+TIMES = re.compile(r"[0-9.:]+[ ,;]+[0-9.:]+([ ,;]|$)")  # how a label track without tabs begins
 
 
 class Table(NamedTuple):
@@ -151,10 +154,14 @@ def fill(entry, row, names, where):
     """
     for key in ("subset", "duration", "fps"):
         value = row.get(key)
-        if value in (None, "", "NA"):  # BORIS writes what it does not know so
+        if value in (None, "", UNKNOWN):
             continue
         if key != "subset":
-            value = forms.positive_number(row, [key], where)
+            value = value.partition("|")[0]  # BORIS writes that of each player
+            if ";" in value:
+                raise BadInput(f"{where} {shown(names[key])} is {shown(value)}: of several files "
+                               "played one after the other, whose times count on")
+            value = forms.positive_number({names[key]: value}, [names[key]], where)
         if entry.setdefault(key, value) != value:
             raise BadInput(f"{where} {key} is {shown(value)}, in a row before {shown(entry[key])}:"
                            " it is the whole video's")
@@ -172,18 +179,24 @@ def entries_of(table, path):
     entries = {}
     faults = {}
     cells = {}  # {id: what names its recording in the first of its rows}
+    played = {}  # {observation of BORIS: the id of the first of its rows}
+    of_paths = table.names.get("video", "video") != "video"
     for line, row in table.rows:
-        name = row.get("video", path.stem)
-        if table.names.get("video", "video") != "video":  # a column of paths
-            name = id_of(name)
+        cell = row.get("video", path.stem)
+        if cell in ("", UNKNOWN):  # coded live, without a recording
+            cell = row.get("observation", "")
+        name = id_of(cell) if of_paths else cell
         where = f"annotation file {path}, line {line}, video {short(name)}:"
         try:
             if not name:
                 raise BadInput(f"{where} it names no video")
-            first = cells.setdefault(name, row.get("video"))
-            if first != row.get("video"):
-                raise BadInput(f"{where} {shown(row['video'])} and {shown(first)} have one name: "
+            first = cells.setdefault(name, cell)
+            if first != cell:
+                raise BadInput(f"{where} {shown(cell)} and {shown(first)} have one name: "
                                "write one path if they are one recording, else rename one")
+            if of_paths and played.setdefault(row.get("observation", name), name) != name:
+                raise BadInput(f"{where} its observation {shown(row['observation'])} played "
+                               "another file before, and its times count on from that one's")
             fill(entries.setdefault(name, {"annotations": []}), row, table.names, where)
         except BadInput as fault:
             faults.setdefault(name, fault)
@@ -193,21 +206,30 @@ def entries_of(table, path):
 
 # ---- One text file a video ----------------------------------------------------------------------
 
-def track_of(lines):
-    """The Table of a label track: start, end and label in each line [(number, text)].
+def track_of(lines, path):
+    """The Table of a label track: start, end and label in each line [(number, text)] of a file.
 
-    Lines that begin with a backslash, in which Audacity has frequencies, are left out."""
+    Lines that begin with a backslash, in which Audacity has frequencies, are left out. Raises
+    BadInput."""
     rows = []
     for number, line in lines:
-        if not line.startswith("\\"):
-            cells = [*line.split("\t", 2), "", ""]
-            row = dict(zip(("start", "end", "label"), map(str.strip, cells)))
-            rows.append((number, with_points(row)))
+        if line.startswith("\\"):
+            continue
+        cells = [cell.strip() for cell in line.split("\t")]
+        if any(cells[3:]):
+            raise BadInput(f"annotation file {path}, line {number} has {len(cells)} cells, a label "
+                           f"track start, end and label: {shown(line)} (of ELAN, export with "
+                           "column headers)")
+        row = dict(zip(("start", "end", "label"), [*cells, "", ""]))
+        rows.append((number, with_points(row)))
     return Table({}, rows)
 
 
 def frames_entry(lines, path, fps):
     """The entry of a video with a label a frame: equal neighbours are one instance."""
+    if TIMES.match(lines[0][1]):
+        raise BadInput(f"annotation file {path}: its first line {shown(lines[0][1])} begins with "
+                       "two times, but there are no tabs between, as a label track has them")
     if not fps:
         raise BadInput(f"annotation file {path} has a label a frame, as its first line "
                        f"{shown(lines[0][1])} has no tab: give --fps")
@@ -236,15 +258,16 @@ def lines_of(path):
     return [line.strip(" ") for line in text.splitlines()]
 
 
-def first_cells(lines):
-    """The cells, with tabs between, of the first line that is no comment."""
-    first = next((line for line in lines if not is_before(line)), "")
-    return [cell.strip('" ') for cell in first.split("\t")]
+def first_of(lines):
+    """The first line that is no comment."""
+    return next((line for line in lines if not is_before(line)), "")
 
 
 def has_header(lines):
     """Whether the lines of a text file are a table's, which has columns for start and end."""
-    return {"start", "end"} <= names_of(first_cells(lines)).keys()
+    first = first_of(lines)
+    cells = [cell.strip('" ') for cell in first.split(separator_of(first))]
+    return {"start", "end"} <= names_of(cells).keys()
 
 
 def read_text_file(path, fps):
@@ -254,9 +277,9 @@ def read_text_file(path, fps):
     if has_header(lines):
         return read_table(path, fps)
     written = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if written and len(first_cells(lines)) == 1:
+    if written and "\t" not in first_of(lines):
         return {path.stem: frames_entry(written, path, fps)}
-    return {path.stem: {"annotations": []}} | entries_of(track_of(written), path)
+    return {path.stem: {"annotations": []}} | entries_of(track_of(written, path), path)
 
 
 def read_folder(folder, fps):
@@ -300,8 +323,8 @@ def unused(path, used=()):
     used: the folder's files that something else reads"""
     path = Path(path)
     read = reader_of(path)
-    others = [place for place, file in files_in(path) if file not in used
-              and file.suffix.lower() in (".csv", ".tsv", ".json", ".lab", ".srt")]
+    tracks = [file for _, file in files_in(path) if file.suffix.lower() == ".txt"]
+    others = files_left(path, {*tracks, *used})
     if others:
         yield f"{len(others)} files that are no *.txt of {path}: {several(others)}"
     is_table = read is read_table or read is read_text_file and has_header(lines_of(path))

@@ -44,6 +44,59 @@ def said(capsys, command, *argv, code=2):
     return "".join(capsys.readouterr())
 
 
+# ---- What evaluation advises --------------------------------------------------------------------
+
+def test_what_evaluation_advises_it_takes(ran, tmp_path, capsys):
+    x = np.load(ran / "features/v12.npy")
+    x[3] = np.nan
+    np.save(tmp_path / "gap.npy", x)
+    new = ("--checkpoint", ran / "run", "--features", tmp_path / "gap.npy")
+    assert "--fill-gaps" in said(capsys, "evaluate", *new)
+    said(capsys, "evaluate", *new, "--fill-gaps", code=0)
+    for change, word, more in (
+            (users.lacking("fps", *users.NAMES), "give --fps", ("--fps", 50)),
+            (users.actions(["v12"], 0, segment=[3, 3]), "--bad-segments",
+             ("--bad-segments", "skip")),
+            (users.entries(users.TESTED, duration=90), "--trust-grid", ("--trust-grid",)),
+            (lambda own: [(own / f"features/{name}.npy").rename(own / f"features/{name}.npz")
+                          for name in users.TESTED], "--extension", ("--extension", ".npz"))):
+        folder = tmp_path / word.strip("-")
+        shutil.copytree(ran, folder)
+        change(folder)
+        argv = ("--checkpoint", folder / "run", "--dataset", folder / "own.json", "--features",
+                folder / "features")
+        assert word in said(capsys, "evaluate", *argv)
+        for name in users.TESTED if word == "--extension" else ():
+            x = np.load(ran / f"features/{name}.npy")
+            np.savez(folder / f"features/{name}.npz", feats=x)
+        said(capsys, "evaluate", *argv, *more, code=0)
+
+
+def test_columns_in_another_order_than_the_training_had_are_refused(ran, capsys):
+    for name in users.NAMES:
+        np.savetxt(ran / f"features/{name}.csv", np.load(ran / f"features/{name}.npy"),
+                   delimiter=",", header="a,b,c,d,e", comments="")
+    run = run_of(ran, "named", "--extension", ".csv")
+    new = ran / "new.csv"
+    for header, code in (("a,b,c,d,e", 0), ("e,d,c,b,a", 2)):
+        np.savetxt(new, np.load(ran / "features/v12.npy"), delimiter=",", header=header,
+                   comments="")
+        text = said(capsys, "evaluate", "--checkpoint", run / "detector.pt", "--features", new,
+                    code=code)
+        assert ("columns e, d, c, b, a, the training had a, b, c, d, e" in text) == bool(code)
+    new.rename(ran / "features/v12.csv")
+    assert "v12" in said(capsys, "evaluate", "--checkpoint", run)
+    assert train.main(["--resume", str(run)]) == 2
+
+
+def test_lists_of_detections_are_named_where_others_are_expected(ran, capsys):
+    pred = ran / "run/predictions.json"
+    refused(["--dataset", pred, "--check"], capsys, "list of detections", "found.csv")
+    (ran / "found.csv").write_text("video,start,end,label\n")
+    assert "read as JSON" in said(
+        capsys, "evaluate", "--pred", ran / "found.csv", "--gt", ran / "own.json")
+
+
 # ---- What is replaced ---------------------------------------------------------------------------
 
 def test_no_command_replaces_what_is_not_its_own(ran, capsys):
@@ -234,7 +287,7 @@ def test_a_list_has_the_ids_of_the_data(ran, capsys):
 def test_a_bad_file_is_told_before_the_first_is_searched(ran, capsys):
     np.save(ran / "features/z.npy", np.zeros((9, 7)))
     text, found = listed(ran, capsys, code=2)
-    assert text.startswith("error: z has") and text.count("\n") == 1 and found is None
+    assert text.startswith("error: video z: feature file") and text.count("\n") == 1 and found is None
     (ran / "features/z.npy").unlink()
     text, _ = listed(ran, capsys, "--duration", 3, code=2)
     assert "--duration" in text

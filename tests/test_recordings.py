@@ -139,6 +139,12 @@ ASSUMED = "assumed by its size"
      "50 rows a second"),
     (".csv", ",x,y", with_clock(EVEN), "column 1", None),
     (".csv", "index,x,y", with_clock(20 * EVEN), "index", None),
+    *((".csv", f"{name},x,y", with_clock(np.repeat(EVEN[::2], 2) / 50), name, SECONDS)
+      for name in ("seconds_elapsed", "Time (sec)", "time_stamp", "Timestamp (seconds)", "unix")),
+    (".csv", "elapsed_ms,x,y", with_clock(20 * JITTER), "elapsed_ms", "clock in milliseconds"),
+    (".csv", "time,x,y", with_clock(EVEN), "time", f"1 rows a second {SECONDS}, {ASSUMED}"),
+    (".csv", "unix,x,y", with_clock(1.7e9 + 5 * EVEN), "unix", "0.2 rows a second"),
+    (".csv", "unix,x,y", with_clock(1.7e12 + 5000 * EVEN), "unix", "0.2 rows a second"),
     (".csv", "time0,x,y", noise(200, 3), None, None),
     (".csv", "x,time,y", noise(200, 3), None, None),
     (".npy", "", with_clock(EVEN ** 3), None, None),
@@ -169,6 +175,28 @@ def test_the_rate_to_train_with_is_that_of_all_recordings(tmp_path, capsys, rate
     assert said in capsys.readouterr().out
 
 
+def test_a_channel_that_is_a_clock_or_the_answer_is_told(tmp_path, capsys):
+    rows = np.column_stack([np.repeat(EVEN[::2], 2), noise(200, 1), EVEN % 3])
+    write(tmp_path / "raw/a.csv", rows, "tick,x,Activity")
+    assert run(windows.main, tmp_path / "raw", "--out", tmp_path / "out") == 0
+    out, err = capsys.readouterr()
+    assert "3 channels (tick, x, Activity)" in out
+    never, answer = err.splitlines()
+    assert "'tick' never falls" in never and "column Activity is taken" in answer
+
+
+def test_a_folder_holds_features_of_one_kind(tmp_path, capsys):
+    for name in "ab":
+        write(tmp_path / f"{name}.csv", noise(200, 2), "x,y")
+    out = ("--out", tmp_path / "out")
+    assert run(windows.main, tmp_path / "a.csv", *out) == 0
+    assert run(windows.main, tmp_path / "a.csv", *out, "--window", 20, "--overwrite") == 0
+    refused_by(windows.main, (tmp_path / "b.csv", *out), capsys, "json says", "'window': 20")
+    write(tmp_path / "b.csv", noise(200, 2), "y,x")
+    refused_by(windows.main, (tmp_path / "b.csv", *out, "--window", 20), capsys, "'channels'")
+    assert files_in(tmp_path / "out") == {"a.npy", "windows.json"}
+
+
 @pytest.mark.parametrize("pause, warned", [(0.1, False), (3.0, True)])
 def test_a_clock_with_a_gap_is_a_warning(tmp_path, capsys, pause, warned):
     times = EVEN / 50 + pause * (EVEN >= 100)
@@ -188,7 +216,8 @@ def test_folders_are_kept_and_hidden_and_other_files_passed_over(tmp_path, capsy
     (tmp_path / "raw/notes.txt").write_text("walked")
     argv = (windows.main, tmp_path / "raw", "--out", tmp_path / "out")
     assert run(*argv) == 0
-    assert files_in(tmp_path / "out") == {"a.npy", "sub/a.npy", "sub/b.v2.npy"}
+    assert files_in(tmp_path / "out") == {"a.npy", "sub/a.npy", "sub/b.v2.npy", "windows.json"}
+    assert "1 files of" in (err := capsys.readouterr().err) and "notes.txt" in err
     before = np.load(tmp_path / "out/a.npy")
     write(tmp_path / "raw/a.csv", noise(60, 2))
     refused_by(windows.main, argv[1:], capsys, "a.npy exists (--overwrite replaces it)")
@@ -340,10 +369,10 @@ def test_features_of_a_folder_of_videos_row_by_row(packages, tmp_path, capsys):
 def test_features_of_another_extractor_are_not_mixed_with_ours(tmp_path):
     s = video_features.Settings(str(tmp_path), out=str(tmp_path / "out"))
     with pytest.raises(BadInput, match="a.npy exists"):
-        video_features.keep_settings(s, [tmp_path / "out/a.npy"])
+        video_features.check_made(s, [tmp_path / "out/a.npy"])
     assert not (tmp_path / "out").exists()
-    video_features.keep_settings(s, [])
-    video_features.keep_settings(s, [tmp_path / "out/a.npy"])  # of this extractor
+    video_features.check_made(s, [])
+    video_features.check_made(s, [tmp_path / "out/a.npy"])  # of this extractor
 
 
 def test_the_command_goes_on_and_says_which_videos_failed(packages, tmp_path, capsys):
@@ -355,7 +384,7 @@ def test_the_command_goes_on_and_says_which_videos_failed(packages, tmp_path, ca
     (tmp_path / "out/a.npy").write_bytes(b"there already")
     argv = (tmp_path / "videos", "--out", tmp_path / "out", *SMALL)
     s = windows.read_command([str(word) for word in argv], video_features.Settings)
-    video_features.keep_settings(s, [])
+    video_features.check_made(s, [])
     words = ("b.mp4 is shorter than a window: it has 3 frames at 15", "2 videos", "b, c")
     refused_by(video_features.main, argv, capsys, *words)
     assert (tmp_path / "out/a.npy").read_bytes() == b"there already"

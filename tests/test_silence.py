@@ -125,12 +125,44 @@ def test_feature_files_that_are_not_taken_are_told(own, capsys):
     (own / "far").mkdir()
     np.save(own / "far/w.npy", x)
     (own / "features/P01").symlink_to(own / "far")
-    assert "8 labelled, 1 unlabelled, 4 test videos; ignored: 2 feature files" in told(own, capsys)
+    assert "8 labelled, 1 unlabelled, 4 test videos; ignored: 2 files" in told(own, capsys)
     (own / "more").mkdir()
     for path in ("more/m", "more/v2", "features/loose"):
         np.save(own / f"{path}.npy", x)
     text = told(own, capsys, "--unlabelled-features", own / "more")
     assert "8 labelled, 1 unlabelled" in text and "loose" in text and "v2" in text
+
+
+def test_label_files_of_another_kind_are_told(own, capsys):
+    words = labels_of(own)
+    for name in ("v1.aup3", "v20.vtt"):  # of v1.txt, and of no other file
+        (own / "labels" / name).write_text("x")
+    assert "1 files that are no *.txt of" in (text := told(own, capsys, *words))
+    assert "v20.vtt" in text and "v1.aup3" not in text
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ("2.0\t8.0\t6.0\tA", ["4 cells", "column headers"]), ("2.0 8.0 A", ["no tabs"]),
+    ("2,8,A", ["no tabs"]), ("0:02; 0:08; A", ["no tabs"])])
+def test_a_label_track_of_other_cells_is_refused(own, capsys, line, words):
+    argv = users.check(own, *labels_of(own))
+    (own / "labels/v3.txt").write_text(f"{line}\n")
+    refused(argv, capsys, "v3.txt", *words)
+
+
+def test_a_table_called_txt_is_a_table(tmp_path):
+    (tmp_path / "all.txt").write_text(f"{HEAD}v,1,2,walk\nw,3,4,sit\n")
+    assert tables.read_any(tmp_path / "all.txt").keys() == {"v", "w"}
+
+
+def test_a_subset_that_is_labelled_is_not_unlabelled_too(own, capsys):
+    refused(users.check(own, "--unlabelled-subset", "training"), capsys, "names 10 videos", "v0")
+
+
+def test_a_folder_of_new_features_of_many_kinds_is_told(own, capsys):
+    (own / "features/v20.mat").write_text("x")
+    assert sources.files_of_videos(own / "features").keys() == set(users.NAMES)
+    assert "1 files of" in (text := capsys.readouterr().err) and "v20.mat" in text
 
 
 def test_a_folder_of_a_name_that_none_can_have_is_refused(own, capsys):

@@ -59,6 +59,11 @@ SAME = {  # tables that say that in v somebody walks from 5 to 24.5
                "obs,2021-12-06,T:/My videos\\v.mp4,60.0,29.97,,walk,STATE,5.000,24.500,19.5",
     "BORIS 9": "Observation id\tSource\tMedia duration (s)\tFPS (frame/s)\tBehavior\tStart (s)\t"
                "Stop (s)\tMedia file name\nobs\t1:x\t60.0\tNA\twalk\t5.0\t24.5\tdata/v.avi",
+    "BORIS, two players": "Observation id\tMedia duration (s)\tFPS (frame/s)\tBehavior\tStart (s)\t"
+                          "Stop (s)\tMedia file name\n"
+                          "obs\t60.0|61.5\t29.97|25\twalk\t5.0\t24.5\tdata/v.MTS",
+    "BORIS, live": "Observation id\tMedia duration (s)\tBehavior\tStart (s)\tStop (s)\t"
+                   "Media file name\nv\tNA\twalk\t5.0\t24.5\tNA",
     "ELAN, all times": '"#file:///C:/x/v.eaf"\nBegin Time - hh:mm:ss.ms\tBegin Time - ss.msec\t'
                        "Begin Time - msec\tEnd Time - hh:mm:ss.ms\tEnd Time - ss.msec\t"
                        "End Time - msec\tDuration - msec\tposture\tFile Name\tFile Path\n"
@@ -77,7 +82,8 @@ def test_tables_that_say_the_same(tmp_path, form):
     [a] = tables.read_any(tmp_path / "my.csv").values()
     assert a.subset == "training" and a.annotated
     assert (a.duration, a.fps) == {
-        "BORIS 7": (60.0, 29.97), "BORIS 9": (60.0, None)}.get(form, (None, None))
+        "BORIS 7": (60.0, 29.97), "BORIS two players": (60.0, 29.97),
+        "BORIS 9": (60.0, None)}.get(form.replace(",", ""), (None, None))
 
 
 def test_a_table_of_elan_without_a_file_name_is_of_its_own_video(tmp_path):
@@ -123,6 +129,10 @@ WRONG = [  # (content, words of the sentence)
     ("video,start,end,label,fps\nv,1,2,a,-1", "line 2|fps|positive|'-1'"),
     ("video,start,end,label,subset\nv,1,2,a,x\nv,3,5,a,y", "line 3|'y'|'x'"),
     (b"video,start\xff", "UTF-8"),
+    ("Media file name,Behavior,Start (s),Stop (s),Media duration (s)\nv.mp4,a,1,2,60;30",
+     "line 2|'media duration (s)' is '60;30'|one after the other"),
+    ("Observation id,Media file name,Behavior,Start (s),Stop (s)\no,v.mp4,a,1,2\no,w.mp4,a,61,62",
+     "line 3|video w|observation 'o'|another file"),
 ]
 
 
@@ -211,14 +221,16 @@ TASKS = [
                                                                  "ground_truth": True}),
          ([ranges(1, 25, "no")], {}), ([ranges(1, 75, "yes")], {"ground_truth": True})),
     task("s3://bucket/c.wav?sign=1",
-         ([region({"start": 1.5, "end": 2, "labels": ["sit"], "original_length": 9.0}, "labels"),
+         ([region({"start": 1.5, "end": 2, "labels": ["sit"]}, "labels") | {"original_length": 9.0},
            region({"x": 1, "rectanglelabels": ["box"]}, "rectanglelabels"),
            region({"start": 3, "end": 4, "text": ["said"]}, "textarea")], {})),
     task("still.mp4", ([], {})),
     task("open.mp4"),
+    task("/data/upload/1/0a1b2c3d-hand.csv",
+         ([region({"start": 5, "end": 9, "timeserieslabels": ["run"]}, "timeserieslabels")], {})),
 ]
 LISTED = {"my video": ([[1, 2], [1, 2]], ["walk", "talk"]), "b": ([[0, 3]], ["yes"]),
-          "c": ([[1.5, 2]], ["sit"]), "still": ([], []), "open": None}
+          "c": ([[1.5, 2]], ["sit"]), "still": ([], []), "open": None, "hand": ([[5, 9]], ["run"])}
 VIA = {
     "project": {"pname": "x", "vid_list": ["1", "2"]},
     "attribute": {
@@ -251,6 +263,8 @@ def test_exports_become_activitynets_form(own, capsys, content, more, expected):
     assert {name: (a.segments.tolist(), a.labels) if a.annotated else None
             for name, a in found.items()} == expected
     assert {a.subset for a in found.values()} == {"training"}
+    assert {name: a.duration for name, a in found.items() if a.duration} == (
+        {"c": 9.0} if content is TASKS else {})
 
 
 def changed(content, change):
@@ -264,7 +278,7 @@ def changed(content, change):
     (TASKS, [], "my video|--fps"), (TASKS, ["--fps", "-1"], "--fps|-1"), (TASKS, ["--fp"], "--fp"),
     ([], [], "Label Studio|VIA"), ({"database": {}}, [], "Label Studio|VIA"),
     ([*TASKS, TASKS[0]], ["--fps", "25"], "two tasks|my video"),
-    ([task("x.txt", ([], {}))], [], "x.txt|no recording"),
+    ([task("x.txt", ([], {}))], [], "export.json|x.txt|no file of a recording"),
     ([task("v.mp4", ([region({"start": "x", "end": 2, "labels": ["a"]})], {}))], [], "v|'x'"),
     ([task("v.mp4", ([{"value": 3}], {}))], [], "Label Studio|TypeError"),
     (changed(VIA, lambda x: x["metadata"]["1_a"].update(av={})), [], "video a|no label"),
