@@ -287,7 +287,7 @@ def test_a_list_has_the_ids_of_the_data(ran, capsys):
 def test_a_bad_file_is_told_before_the_first_is_searched(ran, capsys):
     np.save(ran / "features/z.npy", np.zeros((9, 7)))
     text, found = listed(ran, capsys, code=2)
-    assert text.startswith("error: video z: feature file") and text.count("\n") == 1 and found is None
+    assert text.startswith("error: video z: feature") and text.count("\n") == 1 and found is None
     (ran / "features/z.npy").unlink()
     text, _ = listed(ran, capsys, "--duration", 3, code=2)
     assert "--duration" in text
