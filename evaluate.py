@@ -10,7 +10,6 @@ score may be ranked otherwise than in the toolkit, whose sort is not stable.
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from data import DataSettings, collate, load_item, place_video, take, test_data
 from model import Detector, DetectorSettings, forward, soft_nms, tiou, vote
 from plumbing import checkpoints, checks, forms, settings, tables
 from plumbing.arguments import evaluation_of
-from plumbing.files import sum_features, write_json
+from plumbing.files import source_of, sum_features, write_json
 from plumbing.listing import TIOU, find_actions, trust_of
 from plumbing.processes import dict_of_all, pick_device, prefetch, share_of
 from plumbing.runs import guard
@@ -357,8 +356,7 @@ class Localizer:
 
     def open(self, feats, duration, name):
         """The Video of such features; raises BadInput."""
-        if not isinstance(feats, (str, Path)):
-            feats = np.asarray(feats)
+        feats = source_of(feats)
         sums = sum_features(feats, self.s.reading(), name)
         checks.check_new_video(name, feats, sums, self, duration)
         note = forms.unknown_video(duration, self.fps)

@@ -288,6 +288,17 @@ def read_npz(path, key, what):
         return np.asarray(chosen(arrays, key, path, what))  # what is no array comes as bytes
 
 
+def source_of(feats):
+    """A feature file, or an array, of what somebody gives as features: a path, an array, a tensor.
+    """
+    if isinstance(feats, str | Path):
+        return Path(feats)
+    if isinstance(feats, torch.Tensor):
+        feats = feats.detach().cpu()
+        feats = feats.float() if feats.dtype == torch.bfloat16 else feats
+    return np.asarray(feats)
+
+
 def read_pt(path, key, what):
     """The tensor of a .pt file, or that under `key` of its dict."""
     tensor = load_torch(path, what)
@@ -295,8 +306,7 @@ def read_pt(path, key, what):
         tensor = chosen(tensor, key, path, what)
     if tensor.nbytes > MOST_UNPACKED:  # one number can be shown as many
         raise ValueError
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return source_of(tensor)
 
 
 def is_header(cells, second):

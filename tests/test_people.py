@@ -72,6 +72,13 @@ def test_python_command_and_run_find_the_same_in_a_video(two, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(in_time)
     assert f"{rounded[0][1]:.2f}  {rounded[0][0]}" in lines[1]
+    # What Python gives may be a file, an array, a tensor.
+    localize = evaluate.Localizer(two / "run")
+    x = torch.from_numpy(np.load(features)).bfloat16()
+    for given, scores in (
+            (str(features), localize(features)[2]), (x, localize(x.float().numpy())[2]),
+            (x.float().requires_grad_(), localize(x.float().tolist())[2])):
+        assert np.allclose(localize(given)[2], scores, atol=1e-6)
     # The grid of a new video can be another.
     as_trained = evaluate.Localizer(two / "run")(np.load(features))[0]
     twice = evaluate.Localizer(two / "run", fps=25.0)(np.load(features))[0]
