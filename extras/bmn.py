@@ -694,8 +694,9 @@ def show_proposals(argv):
 
 
 def flags_of(argv):
-    """The flags of a command line, however they are written."""
-    return {str(word).partition("=")[0].replace("_", "-") for word in argv}
+    """The flags of a command line, None being this process's own, however they are written."""
+    words = sys.argv[1:] if argv is None else argv
+    return {str(word).partition("=")[0].replace("_", "-") for word in words}
 
 
 def train_or_evaluate(argv, kind):
@@ -709,7 +710,6 @@ def train_or_evaluate(argv, kind):
 
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
-    argv = sys.argv[1:] if argv is None else argv
     if "--export-proposals" in flags_of(argv):
         return export_proposals(argv)
     if "--proposals" in flags_of(argv):

@@ -159,7 +159,7 @@ class Settings(bmn.Settings):
 
 def main(argv=None):
     """The command line; returns the exit code, 2 for bad input."""
-    return bmn.train_or_evaluate(sys.argv[1:] if argv is None else argv, Settings)
+    return bmn.train_or_evaluate(argv, Settings)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote
 
@@ -288,9 +289,7 @@ def duration_of(rows):
     if not last:
         return None
     seconds = sum(row["step"] / row["steps_a_second"] for row in last.values())
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02} h of training steps"
+    return f"{timedelta(seconds=round(seconds))} h of training steps"
 
 
 def about(folder, config, metrics, rows):
@@ -322,9 +321,8 @@ def operating_point(metrics, curve):
 
 def sparse(confusion):
     """analysis.confusion_of() without zeros: "cells" lists [row, column, number]."""
-    cells = []
-    for i, row in enumerate(confusion["counts"]):
-        cells += [[i, j, number] for j, number in enumerate(row) if number]
+    cells = [[i, j, number] for i, row in enumerate(confusion["counts"])
+             for j, number in enumerate(row) if number]
     return {"rows": confusion["rows"], "columns": confusion["columns"], "cells": cells}
 
 
