@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
+from types import UnionType
 from urllib.parse import quote
 
 import numpy as np
@@ -70,22 +71,22 @@ def compact(value):
 
 
 # The form of each file of a run, as has_form() takes it.
-NUMBER = (int, float)
+NUMBER = int | float
 INSTANCE = {"label": str, "segment": [NUMBER]}
 POINT = dict.fromkeys(("score", "precision", "recall", "f1"), NUMBER)
 CURVE = dict.fromkeys(POINT, [NUMBER])
 TRUST = POINT | {"classes": {"*": POINT | {"curve": CURVE}}}  # of metrics.json, where it is there
 FORMS = {
-    "config.json": {"dataset": str, "seed": int, "*": (str, int, float)},
-    "videos.json": {"*": {"part": PARTS, "duration": (*NUMBER, None),
+    "config.json": {"dataset": str, "seed": int, "*": str | NUMBER},
+    "videos.json": {"*": {"part": PARTS, "duration": NUMBER | None,
                           "annotations": (None, [INSTANCE])}},
     "split.json": {"missing_classes": [str]},
     "metrics.json": {"tiou": [NUMBER], "mAP": [NUMBER], "average_mAP": NUMBER, "videos": int,
                      "instances": int, "weights": str, "ap": {"*": [NUMBER]}},
     "predictions.json": {"results": {"*": [INSTANCE | {"score": NUMBER}]}},
     "pseudo_labels.json": {"*": [INSTANCE | {
-        "score": NUMBER, "status": STATUS, "class_score": NUMBER, "tIoU": (*NUMBER, None),
-        "tND": (*NUMBER, None), "similarity": (*NUMBER, None)}]},
+        "score": NUMBER, "status": STATUS, "class_score": NUMBER,
+        "tIoU": NUMBER | None, "tND": NUMBER | None, "similarity": NUMBER | None}]},
     "representation.json": {"classes": [str], "label": [int], "before": [[NUMBER]],
                             "after": [[NUMBER]]},
 }
@@ -94,8 +95,8 @@ FORMS = {
 def has_form(x, form):
     """Whether a JSON value has a form.
 
-    form  a type; None or a text: that value; (a, b): one of both; [a]: a list of such; {key: a}: a
-          dict with that key, or, under "*", for all other keys"""
+    form  a type, or some with | between; None or a text: that value; (a, b): one of both; [a]: a
+          list of such; {key: a}: a dict with that key, or, under "*", for all other keys"""
     if isinstance(form, tuple):
         return any(has_form(x, one) for one in form)
     if isinstance(form, list):
@@ -105,7 +106,7 @@ def has_form(x, form):
         return isinstance(x, dict) and named <= x.keys() and all(
             has_form(value, form[key if key in named else "*"]) for key, value in x.items()
             if key in named or "*" in form)
-    return isinstance(x, form) if isinstance(form, type) else x == form
+    return isinstance(x, form) if isinstance(form, type | UnionType) else x == form
 
 
 def fits_itself(content, name):

@@ -311,7 +311,7 @@ def thresholds_of(text):
                 values = np.linspace(first, last, round(steps) + 1)
         else:
             values = np.array(text.split(","), dtype=np.float64)
-    if not len(values) or not ((values > 0) & (values <= 1)).all():
+    if not values.size or not 0 < values.min() <= values.max() <= 1:  # nor NaN
         raise BadInput("--tiou must be start:end:step, whose step divides the range, or a list "
                        f"with commas, of thresholds over 0 and up to 1, not {shown(text)}")
     return values
