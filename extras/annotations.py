@@ -13,6 +13,7 @@ The tables that BORIS, ELAN, Audacity and spreadsheets write train.py reads as t
 """
 import re
 import sys
+from functools import partial
 from urllib.parse import unquote
 
 from plumbing import forms
@@ -78,7 +79,7 @@ def labels_of(value):
     return value[kinds[0]] or [None]
 
 
-def read_task(task, fps, where):
+def read_task(task, where, fps):
     """The entry of a task in ActivityNet's form."""
     if not given_of(task):
         return {"subset": "training"}
@@ -103,7 +104,7 @@ def from_label_studio(tasks, fps, where):
         if name in named:
             raise BadInput(f"{where}: two tasks are of the recording {short(name)}")
         named[name] = task
-    return forms.read_each(named, lambda task, place: read_task(task, fps, place), where)
+    return forms.read_each(named, partial(read_task, fps=fps), where)
 
 
 def odd_tasks(tasks, where):

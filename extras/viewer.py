@@ -27,6 +27,7 @@ from urllib.parse import quote
 import numpy as np
 
 from extras import analysis
+from icd import STATUS
 from plumbing.files import (
     VIDEOS,
     check_replaced,
@@ -52,7 +53,6 @@ MOST_STEPS = 500  # of a feature curve
 MOST_STEPS_OF_ALL = 200_000  # as of 400 videos
 LEAST_STEPS = 50  # with fewer there are no curves
 PARTS = ("test", "unlabelled", "labelled")  # the order of the videos
-STATUS = ("kept", "dropped", "mined", "candidate")
 NOT_CURVES = ("stage", "epoch", "step", "of", "steps_a_second", "seconds_left")
 QUALITY = ("class_accuracy", "mean_tIoU", "positive_accuracy", "precision", "recall")
 
@@ -350,9 +350,11 @@ def marked(pairs, truth, predictions):
 def judged(folder, config, metrics, predictions):
     """What extras/analysis.py says of a run -> (what the page shows, predictions as marked()).
 
+    predictions  the content of predictions.json, None without
     None and the predictions as they are where no test video has annotations, or no predictions"""
+    predictions = predictions["results"] if predictions else {}
     videos = analysis.read_videos(folder / "videos.json")
-    truth = {name: a for name, a in videos.items() if a.subset == "test" and a.annotated}
+    truth = analysis.truth_of(videos)
     found = {name: predictions[name] for name in truth if name in predictions}
     if not found:
         return None, predictions
@@ -402,7 +404,7 @@ def compared(folder):
     metrics, predictions = (read_file(folder, name) for name in (
         "metrics.json", "predictions.json"))
     with as_written(folder):
-        analysed, _ = judged(folder, config, metrics, (predictions or {"results": {}})["results"])
+        analysed, _ = judged(folder, config, metrics, predictions)
     check_comparable(folder, metrics, analysed)
     return compact({"name": folder.resolve().name, "metrics": metrics,
                     "errors": analysed["errors"], "classes": analysed["classes"]})
@@ -487,9 +489,8 @@ def page_data(folder, recordings=None, page=None):
         "representation.json"))
     rows, _ = read_rows(folder / "log.jsonl")
     with as_written(folder):
-        analysed, predicted = judged(
-            folder, config, metrics, (predictions or {"results": {}})["results"])
-        found = {**(pseudo or {}), **predicted}
+        analysed, predicted = judged(folder, config, metrics, predictions)
+        found = (pseudo or {}) | predicted
         names = class_names(videos, found, metrics, representation)
         classes = {name: i for i, name in enumerate(names)}
         most = max(LEAST_OF_A_VIDEO, min(MOST, MOST_OF_ALL // max(len(videos), 1)))

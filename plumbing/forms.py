@@ -7,6 +7,7 @@ import io
 import json
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -143,11 +144,7 @@ def names_in(text):
 
 def annotations_of(entries, ignored, fps, what):
     """{id: Annotation} of the entries of a database; the rest as read_annotations() has it."""
-    ignored = names_in(ignored)
-
-    def read(entry, where):
-        return read_annotation(entry, where, ignored, fps)
-
+    read = partial(read_annotation, ignored=names_in(ignored), fps=fps)
     return read_each(entries, read, what)
 
 
