@@ -345,7 +345,7 @@ class Localizer:
         self.detector = self.s.build(len(self.mean), len(self.classes)).to(device)
         self.detector.load_state_dict(checkpoints.weights_of(content, self.s.weights))
 
-    def __call__(self, feats, duration=None, name="the video"):
+    def __call__(self, feats, duration=None, name="given"):
         """Find the actions of a video, best joint score first.
 
         feats     (T, D), an array or a feature file, not standardised

@@ -4,7 +4,8 @@
     python -m extras.annotations project.json --out my.json            of VIA 3, a video project
 
 Label Studio (export as JSON, not JSON-MIN): its timeline labels count frames from 1, the last one
-included, so that --fps must say how many a second has; those of a recording's sound are in seconds.
+included, so that --fps must say how many a second has; those of a recording's sound are in seconds,
+and those of a time series, .csv or .tsv, taken so.
 A task has no annotations until one is submitted: it is an unlabelled video. VIA: the segments of
 the timeline, which are in seconds; a video without any is unlabelled, as nobody may have seen it.
 All videos are of the subset "training", and named as their files are, without the ending.
@@ -14,6 +15,7 @@ The tables that BORIS, ELAN, Audacity and spreadsheets write train.py reads as t
 import re
 import sys
 from functools import partial
+from pathlib import PureWindowsPath
 from urllib.parse import unquote
 
 from plumbing import forms
@@ -23,7 +25,8 @@ from plumbing.settings import Parser
 from plumbing.tables import id_of
 from plumbing.words import BadInput, say, several, short, warn
 
-SOUND = ("labels", "timeserieslabels")  # Label Studio's labels of times in seconds
+OF_SERIES = "timeserieslabels"
+IN_SECONDS = ("labels", OF_SERIES)  # Label Studio's labels of times in seconds
 SERIES = (".csv", ".tsv")  # files of time series
 SEGMENT = "FILE1_Z2_XY0"  # as VIA calls what a segment of a recording has
 DELETED = 1  # VIA's flag
@@ -37,11 +40,12 @@ def recording_of(task, where):
     It may be an address with a query, a file of local storage, or an upload, which has a number
     before its name. Raises BadInput."""
     texts = [text for text in task["data"].values() if isinstance(text, str)]
-    for text in texts:
-        name = unquote(text.rpartition("?d=")[2].partition("?")[0])
-        if name.lower().endswith((*VIDEOS, *SERIES)):
-            bare = id_of(name).removesuffix(SERIES[0]).removesuffix(SERIES[1])
-            return re.sub("^[0-9a-f]{8}-", "", bare) if "/upload/" in text else bare
+    for endings in (VIDEOS, SERIES):
+        for text in texts:
+            name = unquote(text.rpartition("?d=")[2].partition("?")[0])
+            if name.lower().endswith(endings):
+                bare = PureWindowsPath(name).stem  # of any system
+                return re.sub("^[0-9a-f]{8}-", "", bare) if "/upload/" in text else bare
     raise BadInput(f"{where}: task {short(task.get('id'))} names no file of a recording, only "
                    f"{several(texts) or 'data of its own'}")
 
@@ -73,7 +77,7 @@ def regions_of(task):
 
 def labels_of(value):
     """The labels that a region's value has for a time; None of a box, a text, a choice."""
-    kinds = [kind for kind in ("timelinelabels", *SOUND) if kind in value]
+    kinds = [kind for kind in ("timelinelabels", *IN_SECONDS) if kind in value]
     if not kinds or not {"ranges", "start"} & value.keys():
         return None
     return value[kinds[0]] or [None]
@@ -114,7 +118,7 @@ def odd_tasks(tasks, where):
         yield (f"{where}: {len(many)} tasks have several annotations; the one marked as ground "
                f"truth, else the first, is read: {several(many)}")
     regions = [region for task in tasks for region in regions_of(task)]
-    if any(SOUND[1] in region["value"] for region in regions):
+    if any(OF_SERIES in region["value"] for region in regions):
         yield (f"{where}: times in a time series are taken as seconds from its first row, whatever "
                "its column of time counts")
     kinds = [region.get("type") for region in regions if labels_of(region["value"]) is None]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from extras.windows import keep_settings, read_command, write_features
-from plumbing.files import MADE, SOUNDS, VIDEOS, reading
+from plumbing.files import OF_VIDEOS, SOUNDS, VIDEOS, reading
 from plumbing.processes import pick_device
 from plumbing.runs import guard
 from plumbing.settings import CheckedSettings, Count, OneOf, Positive, Text
@@ -42,17 +42,9 @@ class Settings(CheckedSettings):
     device: Text("auto, cpu, cuda, ...") = "auto"
 
 
-# ---- Files --------------------------------------------------------------------------------------
-
-def check_made(s, there):
-    """Write beside the features how they are made; raises BadInput where some are made otherwise.
-
-    there  the files of features that exist"""
-    path = Path(s.out, MADE[1])
-    if there and not path.exists():
-        raise BadInput(f"{there[0]} exists, and no {path} says how it was made: give another --out")
-    made = {name: asdict(s)[name] for name in ("network", "weights", "frames", "stride", "rate")}
-    keep_settings(path, made)
+def how_made(s):
+    """What makes features others."""
+    return {name: asdict(s)[name] for name in ("network", "weights", "frames", "stride", "rate")}
 
 
 # ---- From a video to features -------------------------------------------------------------------
@@ -142,7 +134,7 @@ def make_features(s):
     targets = {name: Path(s.out, f"{name}.npy") for name in files}
     todo = [name for name in files if not targets[name].exists()]
     network, prepare = load_network(s, models)
-    check_made(s, [targets[name] for name in files if name not in todo])
+    keep_settings(Path(s.out, OF_VIDEOS), how_made(s), [targets[name] for name in todo])
     say(f"{len(files)} videos, {len(files) - len(todo)} have their features already")
     faults = {}
     began = time.time()

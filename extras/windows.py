@@ -7,7 +7,8 @@ A recording is a .csv, .tsv or .npy file, a row a moment, a column a channel. It
 <id>.npy, a row a window: the means of all channels, then their standard deviations, minima,
 maxima, and mean absolute differences from row to row. Leading columns that count rows or time are
 no channels: those named so, as "time (ms)", or that rise evenly. Rows after the last whole window
-are left out. All is read and checked before anything is written.
+are left out. windows.json beside them says how they were made. All is read and checked before
+anything is written.
 """
 import re
 import sys
@@ -18,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.files import (
-    MADE,
+    OF_WINDOWS,
     Reading,
     bad_steps,
+    check_replaced,
     columns_of,
     files_in,
     first_bad,
@@ -51,7 +53,8 @@ UNITS = {
 UNIT_OF = {"sec": "s", "seconds": "s", "msec": "ms", "milliseconds": "ms", "microseconds": "us",
            "nanoseconds": "ns"} | {unit: unit for unit in UNITS}
 # The words of which the name of a column that counts rows or time consists, beside its unit.
-CLOCK = {"time", "timestamp", "stamp", "t", "date", "index", "elapsed", "seconds", "unix", "epoch"}
+CLOCK = {"time", "times", "timestamp", "timestamps", "stamp", "t", "ts", "date", "index", "elapsed",
+         "seconds", "unix", "epoch"}
 ANSWERS = {"label", "class", "activity", "annotation", "target", "gesture", "subject", "id"}
 SAME_RATE = 0.001  # rates that differ by a smaller share are one
 AtLeast2 = number(int, 2, 10 ** 6, "from 2 to a million")
@@ -89,21 +92,19 @@ def is_even(steps):
 
 
 def words_of(name):
-    """The words of a column's name, in lower case."""
-    return {word for word in re.split(r"[\W_]+", name.lower()) if word}
+    """The words of a column's name, in lower case; timems is two."""
+    words = re.split(r"[\W_]+|(?<=time|tamp)(?=[mun]s$)", name.lower())
+    return set(filter(None, words))
 
 
 def read_counter(times, name, file):
     """What a column counts: (the words of its name, its unit or None).
 
-    None for a channel, that is, a column of another name that does not rise evenly; a warning for
-    one that never falls. Raises BadInput for one that is named as a clock and does not rise."""
+    None for a channel, that is, a column of another name that does not rise evenly. Raises
+    BadInput for one that is named as a clock and does not rise."""
     words = words_of(name)
     steps = np.diff(times)
     if not words & CLOCK or words - CLOCK - UNIT_OF.keys():
-        if not is_even(steps) and (steps >= 0).all() and steps.any():
-            warn([f"recording {file}: its column {shown(name)} never falls, as that of a clock, "
-                  "and is taken as a channel"])
         return (set(), None) if is_even(steps) else None
     falls = ~(steps >= 0)  # so is NaN
     if falls.any() or times[-1] == times[0]:
@@ -113,10 +114,11 @@ def read_counter(times, name, file):
 
 
 def likely_unit(times, rows_a_tick):
-    """The unit of a clock that does not name it: by the size of a time since 1970, else the first
-    in which at least one row comes a second."""
-    if times[0] >= 1e9:  # seconds have ten digits, the others three more each
-        return list(UNITS)[int(np.searchsorted([1e11, 1e14, 1e17], times[0], side="right"))]
+    """The unit of a clock that does not name it: that in which it counts since 1970, with over a
+    row in a quarter of an hour, else the first in which at least one row comes a second."""
+    for unit, (_, many) in UNITS.items():
+        if 1e9 <= times[0] / many < 4e9 and rows_a_tick * many > 1e-3:
+            return unit
     return next((unit for unit, (_, many) in UNITS.items()
                  if rows_a_tick * many >= 1 - SAME_RATE), "ns")
 
@@ -181,13 +183,23 @@ def read_recording(file, name, s):
     if s.rate:
         rate, clock = s.rate, "by --rate"
     left_out = [name or f"column {i}" for i, name in enumerate(names[:first], 1)]
-    answers = [name for name in names[first:] if words_of(name) & ANSWERS]
-    if answers:
-        warn([f"recording {file}: its column {several(answers)} is taken as a channel, so that the "
-              "features hold it; if it is the answer, cut it out"])
     recording = Recording(file, rows[:, first:], names[first:], left_out, rate, clock)
     check_finite(recording)
     return recording
+
+
+def odd_channels(recording):
+    """Yield warnings about channels of a Recording that may be none."""
+    names = recording.channels
+    steps = np.diff(np.array(recording.rows[:, 0], dtype=np.float64))
+    if (steps >= 0).all() and steps.any():
+        name = names[0] or f"column {len(recording.left_out) + 1}"
+        yield (f"recording {recording.file}: its {name} never falls, as a clock, and is taken as a "
+               "channel")
+    answers = [name for name in names if words_of(name) & ANSWERS]
+    if answers:
+        yield (f"recording {recording.file}: {several(answers)} is taken as a channel, so that the "
+               "features hold it; if it is the answer, cut it out")
 
 
 def statistics(rows):
@@ -233,14 +245,21 @@ def feature_targets(names, out, source, overwrite):
     return targets
 
 
-def keep_settings(path, made, anew=False):
-    """Write how the features of a folder are made; raises BadInput where some are made otherwise.
+def keep_settings(path, made, targets):
+    """Write how the features of a folder are made; raises BadInput where others there are made
+    otherwise, or nothing says how.
 
-    anew  whether none is kept"""
-    before = read_json(path, "file of settings") if path.exists() and not anew else made
-    if before != made:
-        raise BadInput(f"{path} says that the features there are of {short(before, 120)}, not "
-                       f"{short(made, 120)}: give another --out")
+    made     {name: value}, an empty one is not known
+    targets  the files that will be written"""
+    kept = [file for _, file in files_in(path.parent, "*.npy") if file not in targets]
+    check_replaced(path, f'{{"{next(iter(made))}"', "file of settings that this wrote")
+    if kept and not path.exists():
+        raise BadInput(f"{kept[0]} exists, and no {path} says how it was made: give another --out")
+    before = read_json(path, "file of settings") if kept else {}
+    for name, value in before.items():
+        if value and made.get(name) and made[name] != value:
+            raise BadInput(f"{path} says that the features there are of {name} {short(value, 120)},"
+                           f" not {short(made[name], 120)}: give another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, made)
 
@@ -285,10 +304,10 @@ def make_features(s):
         features[name] = features_of(recording.rows, s.window, s.stride)
         rates.append(recording.rate)
         say(describe(name, recording, len(features[name])))
-    made = {"window": s.window, "stride": s.stride, "channels": first.channels}
-    ours = set(targets.values())
-    kept = [file for _, file in files_in(s.out, "*.npy") if file not in ours]
-    keep_settings(Path(s.out, MADE[0]), made, anew=not kept)
+    warn(odd_channels(first))
+    made = {"window": s.window, "stride": s.stride, "channels": len(first.channels),
+            "names": first.channels if any(first.channels) else []}
+    keep_settings(Path(s.out, OF_WINDOWS), made, set(targets.values()))
     for name, target in targets.items():
         write_features(target, features[name])
     say(f"the features of {len(files)} recordings are in {s.out}; train with {advice(rates, s)}")

@@ -73,8 +73,9 @@ def words_of(given, kind):
 MODES = {
     "new": "checkpoint features out min_score duration fps stride frames feature_key fill_gaps "
            "weights device".split(),
-    "test": "checkpoint dataset root annotations features extension prefix feature_key fps missing "
-            "fill_gaps bad_segments trust_grid subset ext_scores tiou weights device json".split(),
+    "test": "checkpoint dataset root annotations features extension prefix feature_key fps stride "
+            "frames missing fill_gaps bad_segments trust_grid subset ext_scores tiou weights "
+            "device json".split(),
     "predictions": "pred gt subset ignore_labels fps tiou json".split(),
 }
 ARGUMENTS = {

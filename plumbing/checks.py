@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from plumbing import forms, sources
-from plumbing.files import columns_of, place_of
+from plumbing.files import check_columns, columns_of, place_of
 from plumbing.processes import process_count
 from plumbing.words import BadInput, several, short, shown
 
@@ -25,9 +25,7 @@ def check_channels(name, source, sums, trained, skip=0):
     expected, width = len(first.mean), len(mine.mean)
     columns = columns_of(source)[skip:] if trained else []
     others = "the training had" if trained else "the others have"
-    if columns and trained.columns and columns != trained.columns:
-        raise BadInput(f"{place_of(source, name)} has the columns {several(columns)}, {others} "
-                       f"{several(trained.columns)}")
+    check_columns(columns, trained and trained.columns, place_of(source, name), others)
     if width == expected:
         return
     like = mine.steps == expected or not trained and len({x.steps for x in sums.values()}) == 1
@@ -298,6 +296,11 @@ def look(dataset, videos, annotations, path, s):
                "annotations, or a --ratio below 1")
 
 
+def channels_of(dataset, s):
+    """What the features' header calls the channels of a training data set; [] without one."""
+    return columns_of(dataset.labelled[0].source)[s.skip_columns:]
+
+
 def describe(dataset, s):
     """What a run has taken, what it leaves out, what it can learn from, and where: a few lines.
 
@@ -306,7 +309,7 @@ def describe(dataset, s):
     segments, on_step, in_crop = instances_of(labelled, s)
     steps = np.array([video.steps for video in labelled + unlabelled + test])
     long = "" if in_crop.all() else f", {(~in_crop).sum()} too long for a crop"
-    named = several(columns_of(labelled[0].source)[s.skip_columns:], 8)
+    named = several(channels_of(dataset, s), 8)
     half = segments.diff() / 2
     shares = []
     for low, high in s.levels()[1]:

@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,9 +28,9 @@ MOST_UNPACKED = 2 ** 31  # bytes of features read at once; a .npy file is read p
 
 SOUNDS = (".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".wma", ".aiff")
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v", ".mts", ".m2ts", ".ts",
-          ".wmv", ".flv", ".3gp", ".ogv", *SOUNDS)  # and what else has a time
+          ".wmv", ".flv", ".3gp", ".ogv", *SOUNDS)  # what is labelled in time
 IS_VIDEO = "it is a recording, of which an extractor makes features first (README: Your own data)"
-MADE = ("windows.json", "video_features.json")  # how the features beside them were made
+OF_WINDOWS, OF_VIDEOS = "windows.json", "video_features.json"  # how features were made
 SIGNS = {  # how files begin that are often taken for another kind, and what they are
     rb"\s*version https://git-lfs": "it is a Git LFS pointer, and git lfs pull brings the file",
     rb"\s*<": "it is a web page",
@@ -67,11 +68,12 @@ def files_in(folder, pattern="*"):
 
 
 def files_left(folder, taken):
-    """[path within it] of the files of a folder that are not taken, lie beside none of the same
-    name that is, and do not say how features were made."""
+    """[path within it] of a folder's files without those taken, those that share the name of one
+    taken, and those that say how features were made."""
     stems = {file.with_suffix("") for file in taken}
     return [place for place, file in files_in(folder)
-            if file.name not in MADE and file.with_suffix("") not in stems and not file.is_dir()]
+            if stems.isdisjoint((file, file.with_suffix(""))) and not file.is_dir()
+            and file.name not in (OF_WINDOWS, OF_VIDEOS)]
 
 
 # ---- Text and JSON ------------------------------------------------------------------------------
@@ -435,8 +437,8 @@ def read_features(source, how, name, shape=None):
         suffix = Path(source).suffix.lower()
         if suffix not in READERS:
             reason = IS_VIDEO if suffix in VIDEOS else kind_of(source)
-            raise BadInput(f"{where} is of no kind that is read, {', '.join(READERS)} "
-                           f"(--extension){reason and '; '}{reason}")
+            raise BadInput(f"{where} is of no kind that is read, {', '.join(READERS)}"
+                           f"{reason and '; '}{reason}")
         with reading(what, source, NO_ARRAY), warnings.catch_warnings(action="ignore"):
             feats = READERS[suffix](source, how.key, what)
     if feats.ndim != 2 or 0 in feats.shape or feats.dtype.kind not in "fiu":
@@ -532,6 +534,18 @@ def sum_once(source, how, name):
     return sums
 
 
+def check_columns(columns, known, where, others):
+    """Raise BadInput where both name columns, and one of them is another.
+
+    where, others  whose they are, as the message begins, and as it calls the known"""
+    if not columns or not known or columns == known:
+        return
+    pairs = enumerate(zip_longest(columns, known, fillvalue=""), 1)
+    number, (mine, theirs) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    raise BadInput(f"{where} has the columns {several(columns)}, {others} {several(known)}: column "
+                   f"{number} is {shown(mine)}, not {shown(theirs)}")
+
+
 def sum_all(sources, how):
     """({id: sum_once()}, {id: BadInput}) of all sources; a video that is bad is in the second."""
     sums = {}
@@ -542,9 +556,7 @@ def sum_all(sources, how):
             found = sum_once(source, how, name)
             columns = columns_of(source)[how.skip:]
             named = named or columns
-            if columns and columns != named:
-                raise BadInput(f"{place_of(source, name)} has the columns {several(columns)}, "
-                               f"others have {several(named)}")
+            check_columns(columns, named, place_of(source, name), "others have")
             sums[name] = found
         except BadInput as fault:
             faults[name] = fault

@@ -179,7 +179,7 @@ def read_annotations(path, ignored="", fps=0):
     if tool:
         raise BadInput(f"annotation file {path} is an export of {tool}: python -m "
                        f"extras.annotations {path} --out my.json converts it")
-    if isinstance(content, dict) and isinstance(content.get("results"), dict):
+    if isinstance(content, dict) and "database" not in content and "results" in content:
         raise BadInput(f"annotation file {path} is a list of detections; evaluate.py --out "
                        "found.csv writes one to correct and to train on")
     database = content.get("database", content) if isinstance(content, dict) else None
@@ -297,7 +297,7 @@ def read_detections(found, where):
 
 def read_predictions(path):
     """{id: detections} of a file in ActivityNet's result format; raises BadInput for another."""
-    if Path(path).suffix.lower() in (".csv", ".srt", ".txt"):
+    if Path(path).suffix.lower() in (".csv", ".srt"):
         raise BadInput(f"prediction file {path}: predictions are read as JSON, as evaluate.py "
                        "--out found.json and a run's predictions.json have them")
     results = read_results(path, "prediction file")["results"]

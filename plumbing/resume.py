@@ -29,7 +29,7 @@ def state_of(run):
         "classes": run.data.classes,
         "mean": run.data.mean,
         "std": run.data.std,
-        "columns": files.columns_of(labelled[0].source)[run.s.skip_columns:],
+        "columns": checks.channels_of(run.data, run.s),
         "fps": checks.usual_rate(labelled + unlabelled),
         "labelled": list(instances),
         "instances": instances,

@@ -18,9 +18,8 @@ LAYOUTS = {
 }
 
 # Where the files are: a run that moves has them elsewhere.
-PLACES = (
-    "dataset", "root", "annotations", "features", "unlabelled_features", "split", "ext_scores",
-    "proposals")
+FILES = ("split", "ext_scores", "proposals")
+PLACES = ("dataset", "root", "annotations", "features", "unlabelled_features", *FILES)
 
 
 def whole_paths(given):
@@ -51,8 +50,8 @@ class Chosen:
         """The entries of a subset; raises BadInput if there is none."""
         found = forms.in_subset(self.entries, name)
         if not found and not any(a.subset for a in self.entries.values()):
-            raise BadInput(f"annotation file {self.path}: no entry has a subset; --test-subset "
-                           "none trains on all of them")
+            advice = "" if flag == "--subset" else "; --test-subset none trains on all of them"
+            raise BadInput(f"annotation file {self.path}: no entry has a subset{advice}")
         if not found:
             raise BadInput(f"annotation file {self.path} has no video of the subset {shown(name)} "
                            f"({flag}), only of {forms.subsets_of(self.entries)}")
@@ -158,6 +157,22 @@ def free_files(folder, chosen, s):
             if os.path.realpath(file) not in taken}
 
 
+def lies_in(file, places):
+    """Whether a file is one of some real paths, or lies below one."""
+    real = Path(os.path.realpath(file))
+    return any(real.is_relative_to(place) for place in places)
+
+
+def other_files(folder, path, s):
+    """[path within it] of the files of a folder that are no features and are not read either.
+
+    path: of the annotations"""
+    given = [path, *(getattr(s, name, "") for name in FILES)]
+    read = [os.path.realpath(place) for place in given if place]
+    left = files_left(folder, feature_ids(folder, s).values())
+    return [place for place in left if not lies_in(Path(folder, place), read)]
+
+
 def take_files_without_entry(chosen, s):
     """Take the feature files without an entry, and say which feature files are ignored.
 
@@ -174,15 +189,15 @@ def take_files_without_entry(chosen, s):
                        f"{s.prefix}<id>{s.extension} without an annotation entry")
     if not named and (s.unlabelled_features == "none" or s.dataset in LAYOUTS):
         loose = {}
+    taken = set(map(os.path.realpath, loose.values()))
+    hint = "" if named else ", which --unlabelled-features takes"
     left = {
-        "feature files without an entry": [
+        f"feature files without an entry{hint}": [
             name for name, file in here.items()
-            if name not in chosen.entries and file != loose.get(name)],
+            if name not in chosen.entries and os.path.realpath(file) not in taken],
         "files of --unlabelled-features that have an entry": [
             name for name in found if named and name in chosen.entries],
-        "files of another --extension": [
-            place for place in files_left(folder, feature_ids(folder, s).values())
-            if not Path(folder, place).resolve().is_relative_to(path.resolve())],
+        f"files that are no {s.prefix}*{s.extension} (--extension)": other_files(folder, path, s),
     }
     chosen.ignored += [f"{len(names)} {what}: {several(names, 2)}"
                        for what, names in left.items() if names]

@@ -31,10 +31,12 @@ NAMES = {
     "fps": "fps, fps (frame/s)",
     "observation": "observation id",
 }
+OF_BORIS = ("media file name", "media file")
 UNKNOWN = "NA"  # what BORIS writes of what it does not know
 OF_ELAN = re.compile("(begin time|end time|duration) - .*|tier|participant|file (name|path)|")
 CLOCK = re.compile(r"(?:([0-9]+):)?([0-9]+):([0-5]?[0-9](?:\.[0-9]*)?)")  # h:mm:ss or m:ss
-TIMES = re.compile(r"[0-9.:]+[ ,;]+[0-9.:]+([ ,;]|$)")  # how a label track without tabs begins
+# How a label track without tabs begins; 3,7 alone may be two labels.
+TIMES = re.compile(r"[0-9.:]+[ ,;]+[0-9.:]+[ ,;]|(?=.*[.:])[0-9.:]+[ ,;]+[0-9.:]+$")
 
 
 class Table(NamedTuple):
@@ -82,6 +84,8 @@ def names_of(header):
         for name in known.split(", "):
             if name in header:
                 names.setdefault(key, name)
+    if names.get("video") not in OF_BORIS:
+        names.pop("observation", None)
     tiers = [name for name in header if not OF_ELAN.fullmatch(name)]
     if is_of_elan(names) and len(tiers) == 1:
         names["label"] = tiers[0]
@@ -180,12 +184,12 @@ def entries_of(table, path):
     faults = {}
     cells = {}  # {id: what names its recording in the first of its rows}
     played = {}  # {observation of BORIS: the id of the first of its rows}
-    of_paths = table.names.get("video", "video") != "video"
     for line, row in table.rows:
         cell = row.get("video", path.stem)
-        if cell in ("", UNKNOWN):  # coded live, without a recording
-            cell = row.get("observation", "")
-        name = id_of(cell) if of_paths else cell
+        observation = row.get("observation")
+        if observation and cell in ("", UNKNOWN):  # coded live, without a recording
+            cell = observation
+        name = cell if table.names.get("video", "video") == "video" else id_of(cell)
         where = f"annotation file {path}, line {line}, video {short(name)}:"
         try:
             if not name:
@@ -194,9 +198,9 @@ def entries_of(table, path):
             if first != cell:
                 raise BadInput(f"{where} {shown(cell)} and {shown(first)} have one name: "
                                "write one path if they are one recording, else rename one")
-            if of_paths and played.setdefault(row.get("observation", name), name) != name:
-                raise BadInput(f"{where} its observation {shown(row['observation'])} played "
-                               "another file before, and its times count on from that one's")
+            if observation and played.setdefault(observation, name) != name:
+                raise BadInput(f"{where} its observation {shown(observation)} played another file "
+                               "before, and its times count on from that one's")
             fill(entries.setdefault(name, {"annotations": []}), row, table.names, where)
         except BadInput as fault:
             faults.setdefault(name, fault)

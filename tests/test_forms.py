@@ -324,7 +324,8 @@ TOLD = [
     (entries(["v3"], subset=None), "", "1 entries of other subsets: none (1)", ""),
     (users.loose_features, "--ratio 0", "10 labelled, 1 unlabelled", ""),
     (users.loose_features, "--unlabelled-features none",
-     "3 labelled, 7 unlabelled, 4 test videos; ignored: 1 feature files without an entry: loose",
+     "3 labelled, 7 unlabelled, 4 test videos; ignored: 1 feature files without an entry, which "
+     "--unlabelled-features takes: loose",
      ""),
     (users.nothing, "--ratio 0", "10 labelled, 0 unlabelled", "no unlabelled video|Stage 3 needs"),
     (actions(NAMES[:10], 0, segment=[1.0, 31.0]), "--ratio 1 --max-steps 20 --crop-keep 0.9",
@@ -352,7 +353,7 @@ TOLD = [
     (all_of(actions(["v4"], 0, label="\u00d6l"), actions(["v4"], 1, label="O\u0308l")), ALL, "",
      "coding of a letter"),
     (all_of(text("features/v20.h5", "x"), text("features/v3.mp4", "x")), "",
-     "ignored: 1 files of another --extension: v20.h5", ""),
+     "ignored: 1 files that are no *.npy (--extension): v20.h5", ""),
     *((users.nothing, f"{more} --trust-grid", "", "span") for more in OFF if more not in TOO_FAR),
     (actions(NAMES[:4], 0, segment=[8.1, 8.2]), ALL, "",
      "4 of 30 labelled instances hold no grid step"),

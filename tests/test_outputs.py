@@ -58,6 +58,7 @@ def test_what_evaluation_advises_it_takes(ran, tmp_path, capsys):
             (users.actions(["v12"], 0, segment=[3, 3]), "--bad-segments",
              ("--bad-segments", "skip")),
             (users.entries(users.TESTED, duration=90), "--trust-grid", ("--trust-grid",)),
+            (users.entries(users.TESTED, duration=64.5), "--stride", ("--stride", 50)),
             (lambda own: [(own / f"features/{name}.npy").rename(own / f"features/{name}.npz")
                           for name in users.TESTED], "--extension", ("--extension", ".npz"))):
         folder = tmp_path / word.strip("-")
@@ -83,10 +84,21 @@ def test_columns_in_another_order_than_the_training_had_are_refused(ran, capsys)
                    comments="")
         text = said(capsys, "evaluate", "--checkpoint", run / "detector.pt", "--features", new,
                     code=code)
-        assert ("columns e, d, c, b, a, the training had a, b, c, d, e" in text) == bool(code)
-    new.rename(ran / "features/v12.csv")
-    assert "v12" in said(capsys, "evaluate", "--checkpoint", run)
-    assert train.main(["--resume", str(run)]) == 2
+        assert ("columns e, d, c, b, a, the training had a, b, c, d, e: column 1 is 'e', not 'a'"
+                in text) == bool(code)
+    for name in users.TESTED:
+        shutil.copy(new, ran / f"features/{name}.csv")
+    assert "v10" in (text := said(capsys, "evaluate", "--checkpoint", run))
+    assert "the training had a" in text
+    for file in ("detector.pt", "checkpoint.pt"):  # as they were once
+        content = torch.load(run / file)
+        del content["columns"]
+        torch.save(content, run / file)
+    said(capsys, "evaluate", "--checkpoint", run / "detector.pt", "--features", new, code=0)
+    for name in users.TESTED:
+        np.savetxt(ran / f"features/{name}.csv", np.load(ran / f"features/{name}.npy"),
+                   delimiter=",", header="a,b,c,d,e", comments="")
+    assert train.main(["--resume", str(run)]) == 0
 
 
 def test_lists_of_detections_are_named_where_others_are_expected(ran, capsys):

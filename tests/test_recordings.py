@@ -145,6 +145,10 @@ ASSUMED = "assumed by its size"
     (".csv", "time,x,y", with_clock(EVEN), "time", f"1 rows a second {SECONDS}, {ASSUMED}"),
     (".csv", "unix,x,y", with_clock(1.7e9 + 5 * EVEN), "unix", "0.2 rows a second"),
     (".csv", "unix,x,y", with_clock(1.7e12 + 5000 * EVEN), "unix", "0.2 rows a second"),
+    *((".csv", "time,x,y", with_clock(start + step * EVEN), "time", "50 rows a second")
+      for start, step in ((5.2e13, 2e7), (2e12, 2e7), (2e9, 2e4))),  # since a phone was started
+    *((".csv", f"{name},x,y", with_clock(20 * JITTER), name, "50.")
+      for name in ("ts", "times", "timems", "timestamps")),
     (".csv", "time0,x,y", noise(200, 3), None, None),
     (".csv", "x,time,y", noise(200, 3), None, None),
     (".npy", "", with_clock(EVEN ** 3), None, None),
@@ -177,24 +181,35 @@ def test_the_rate_to_train_with_is_that_of_all_recordings(tmp_path, capsys, rate
 
 def test_a_channel_that_is_a_clock_or_the_answer_is_told(tmp_path, capsys):
     rows = np.column_stack([np.repeat(EVEN[::2], 2), noise(200, 1), EVEN % 3])
-    write(tmp_path / "raw/a.csv", rows, "tick,x,Activity")
+    for name in "ab":  # told once
+        write(tmp_path / f"raw/{name}.csv", rows, "tick,x,Activity")
     assert run(windows.main, tmp_path / "raw", "--out", tmp_path / "out") == 0
     out, err = capsys.readouterr()
     assert "3 channels (tick, x, Activity)" in out
     never, answer = err.splitlines()
-    assert "'tick' never falls" in never and "column Activity is taken" in answer
+    assert "tick never falls" in never and "Activity is taken" in answer
 
 
 def test_a_folder_holds_features_of_one_kind(tmp_path, capsys):
     for name in "ab":
         write(tmp_path / f"{name}.csv", noise(200, 2), "x,y")
     out = ("--out", tmp_path / "out")
+    write(tmp_path / "out/old.npy", noise(9, 2))
+    refused_by(windows.main, (tmp_path / "a.csv", *out), capsys, "old.npy exists, and no")
+    (tmp_path / "out/old.npy").unlink()
+    (tmp_path / "out/windows.json").write_text('{"my": "own"}')
+    refused_by(windows.main, (tmp_path / "a.csv", *out), capsys, "windows.json exists")
+    (tmp_path / "out/windows.json").unlink()
     assert run(windows.main, tmp_path / "a.csv", *out) == 0
     assert run(windows.main, tmp_path / "a.csv", *out, "--window", 20, "--overwrite") == 0
-    refused_by(windows.main, (tmp_path / "b.csv", *out), capsys, "json says", "'window': 20")
+    refused_by(windows.main, (tmp_path / "b.csv", *out), capsys, "json says", "window 20, not 50")
     write(tmp_path / "b.csv", noise(200, 2), "y,x")
-    refused_by(windows.main, (tmp_path / "b.csv", *out, "--window", 20), capsys, "'channels'")
+    refused_by(windows.main, (tmp_path / "b.csv", *out, "--window", 20), capsys, "names")
+    write(tmp_path / "b.csv", noise(200, 3))
+    refused_by(windows.main, (tmp_path / "b.csv", *out, "--window", 20), capsys, "channels 2")
     assert files_in(tmp_path / "out") == {"a.npy", "windows.json"}
+    write(tmp_path / "b.csv", noise(200, 2))  # without names, which may be the same
+    assert run(windows.main, tmp_path / "b.csv", *out, "--window", 20) == 0
 
 
 @pytest.mark.parametrize("pause, warned", [(0.1, False), (3.0, True)])
@@ -367,12 +382,16 @@ def test_features_of_a_folder_of_videos_row_by_row(packages, tmp_path, capsys):
 
 
 def test_features_of_another_extractor_are_not_mixed_with_ours(tmp_path):
-    s = video_features.Settings(str(tmp_path), out=str(tmp_path / "out"))
+    s = video_features.Settings(str(tmp_path), out=str(tmp_path))
+    path, made = tmp_path / "video_features.json", video_features.how_made(s)
+    write(tmp_path / "a.npy", noise(3, 2))
     with pytest.raises(BadInput, match="a.npy exists"):
-        video_features.check_made(s, [tmp_path / "out/a.npy"])
-    assert not (tmp_path / "out").exists()
-    video_features.check_made(s, [])
-    video_features.check_made(s, [tmp_path / "out/a.npy"])  # of this extractor
+        windows.keep_settings(path, made, [])
+    assert not path.exists()
+    windows.keep_settings(path, made, [tmp_path / "a.npy"])
+    windows.keep_settings(path, made, [])  # of this extractor
+    with pytest.raises(BadInput, match="stride 8, not 4"):
+        windows.keep_settings(path, made | {"stride": 4}, [])
 
 
 def test_the_command_goes_on_and_says_which_videos_failed(packages, tmp_path, capsys):
@@ -384,12 +403,13 @@ def test_the_command_goes_on_and_says_which_videos_failed(packages, tmp_path, ca
     (tmp_path / "out/a.npy").write_bytes(b"there already")
     argv = (tmp_path / "videos", "--out", tmp_path / "out", *SMALL)
     s = windows.read_command([str(word) for word in argv], video_features.Settings)
-    video_features.check_made(s, [])
+    made = video_features.how_made(s)
+    windows.keep_settings(tmp_path / "out/video_features.json", made, [tmp_path / "out/a.npy"])
     words = ("b.mp4 is shorter than a window: it has 3 frames at 15", "2 videos", "b, c")
     refused_by(video_features.main, argv, capsys, *words)
     assert (tmp_path / "out/a.npy").read_bytes() == b"there already"
     assert files_in(tmp_path / "out") == {"a.npy", "d.npy", "video_features.json"}
-    refused_by(video_features.main, (*argv, "--stride", 3), capsys, "'stride': 2", "another --out")
+    refused_by(video_features.main, (*argv, "--stride", 3), capsys, "stride 2", "another --out")
     for name in ("b.mp4", "c.mp4"):
         (tmp_path / "videos" / name).unlink()
     assert run(video_features.main, *argv) == 0

@@ -141,6 +141,18 @@ def test_label_files_of_another_kind_are_told(own, capsys):
     assert "v20.vtt" in text and "v1.aup3" not in text
 
 
+def test_files_that_are_read_are_not_told_as_ignored(own, capsys):
+    (own / "features/un").mkdir()
+    (own / "features/v3.npy").rename(own / "features/un/m.npy")
+    edit(own, lambda database: database.pop("v3"))
+    for name in users.NAMES:
+        (own / f"features/{name}.mp4").write_text("x")
+    (own / "features/split.txt").write_text("v0\nv1\n")
+    text = told(own, capsys, "--unlabelled-features", own / "features/un", "--split",
+                own / "features/split.txt")
+    assert "ignored: 1 files that are no *.npy (--extension): v3.mp4" in text
+
+
 @pytest.mark.parametrize(("line", "words"), [
     ("2.0\t8.0\t6.0\tA", ["4 cells", "column headers"]), ("2.0 8.0 A", ["no tabs"]),
     ("2,8,A", ["no tabs"]), ("0:02; 0:08; A", ["no tabs"])])

@@ -82,8 +82,8 @@ def test_tables_that_say_the_same(tmp_path, form):
     [a] = tables.read_any(tmp_path / "my.csv").values()
     assert a.subset == "training" and a.annotated
     assert (a.duration, a.fps) == {
-        "BORIS 7": (60.0, 29.97), "BORIS two players": (60.0, 29.97),
-        "BORIS 9": (60.0, None)}.get(form.replace(",", ""), (None, None))
+        "BORIS 7": (60.0, 29.97), "BORIS, two players": (60.0, 29.97),
+        "BORIS 9": (60.0, None)}.get(form, (None, None))
 
 
 def test_a_table_of_elan_without_a_file_name_is_of_its_own_video(tmp_path):
@@ -105,6 +105,10 @@ def test_what_else_a_table_says(tmp_path):
     [other] = tables.unused(tmp_path)
     assert other == f"1 files that are no *.txt of {tmp_path}: my.csv"
     assert read(tmp_path, "video,start,end,label") == {}
+    content = "video,start,end,label,observation id\nNA,1,2,a,1\nw,1,2,a,1"
+    assert read(tmp_path, content).keys() == {"NA", "w"}
+    [note] = tables.unused(tmp_path / "my.csv")
+    assert "observation id" in note
 
 
 HEAD = "video,start,end,label\nv,1,2,walk\n"
@@ -226,11 +230,13 @@ TASKS = [
            region({"start": 3, "end": 4, "text": ["said"]}, "textarea")], {})),
     task("still.mp4", ([], {})),
     task("open.mp4"),
-    task("/data/upload/1/0a1b2c3d-hand.csv",
+    task("/data/upload/1/0a1b2c3d-hand.CSV",
          ([region({"start": 5, "end": 9, "timeserieslabels": ["run"]}, "timeserieslabels")], {})),
+    {"id": 9, "data": {"series": "/d/w.csv", "video": "/d/w.csv.mp4"}},
 ]
 LISTED = {"my video": ([[1, 2], [1, 2]], ["walk", "talk"]), "b": ([[0, 3]], ["yes"]),
-          "c": ([[1.5, 2]], ["sit"]), "still": ([], []), "open": None, "hand": ([[5, 9]], ["run"])}
+          "c": ([[1.5, 2]], ["sit"]), "still": ([], []), "open": None, "hand": ([[5, 9]], ["run"]),
+          "w.csv": None}
 VIA = {
     "project": {"pname": "x", "vid_list": ["1", "2"]},
     "attribute": {
