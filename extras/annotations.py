@@ -4,8 +4,8 @@
     python -m extras.annotations project.json --out my.json            of VIA 3, a video project
 
 Label Studio (export as JSON, not JSON-MIN): its timeline labels count frames from 1, the last one
-included, so that --fps must say how many a second has; those of a recording's sound are in seconds,
-and those of a time series, .csv or .tsv, taken so.
+included, so that --fps must say how many a second has; those of a recording's sound are in seconds;
+those of a time series (.csv, .tsv) are taken as seconds too.
 A task has no annotations until one is submitted: it is an unlabelled video. VIA: the segments of
 the timeline, which are in seconds; a video without any is unlabelled, as nobody may have seen it.
 All videos are of the subset "training", and named as their files are, without the ending.
@@ -35,7 +35,7 @@ DELETED = 1  # VIA's flag
 # ---- Label Studio -------------------------------------------------------------------------------
 
 def recording_of(task, where):
-    """The id of a task's recording or time series, of the first of its data that is one.
+    """The id of a task's recording, else of its time series, of the first of its data that is one.
 
     It may be an address with a query, a file of local storage, or an upload, which has a number
     before its name. Raises BadInput."""
@@ -72,7 +72,8 @@ def regions_of(task):
     of the first."""
     given = given_of(task)
     chosen = [a for a in given if a.get("ground_truth")] or given
-    return chosen[0]["result"] if chosen else []
+    regions = chosen[0]["result"] if chosen else []
+    return [region for region in regions if region.get("type") != "relation"]
 
 
 def labels_of(value):
@@ -205,7 +206,7 @@ def main(argv=None):
         parser.add_argument("--fps", type=float, default=0, help="frames a second")
         args = parser.parse_args(argv)
         if not 0 <= args.fps < 1e6:
-            raise BadInput(f"--fps must be positive, not {args.fps:g}")
+            raise BadInput(f"--fps must be positive and below a million, not {args.fps:g}")
         forms.check_new(args.out)
         entries = convert(args.export, args.fps)
         write_json(args.out, {"database": entries}, indent=1)

@@ -290,7 +290,7 @@ def duration_of(rows):
     if not last:
         return None
     seconds = sum(row["step"] / row["steps_a_second"] for row in last.values())
-    return f"{timedelta(seconds=round(seconds))} h of training steps"
+    return f"{timedelta(seconds=round(seconds))} of training steps"
 
 
 def about(folder, config, metrics, rows):

@@ -10,6 +10,7 @@ no channels: those named so, as "time (ms)", or that rise evenly. Rows after the
 are left out. windows.json beside them says how they were made. All is read and checked before
 anything is written.
 """
+import os
 import re
 import sys
 from argparse import SUPPRESS
@@ -19,13 +20,15 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.files import (
+    OF_VIDEOS,
     OF_WINDOWS,
     Reading,
     bad_steps,
-    check_replaced,
+    check_columns,
     columns_of,
     files_in,
     first_bad,
+    lies_in,
     read_features,
     read_json,
     write_atomically,
@@ -115,9 +118,9 @@ def read_counter(times, name, file):
 
 def likely_unit(times, rows_a_tick):
     """The unit of a clock that does not name it: that in which it counts since 1970, with over a
-    row in a quarter of an hour, else the first in which at least one row comes a second."""
+    row an hour, else the first in which at least one row comes a second."""
     for unit, (_, many) in UNITS.items():
-        if 1e9 <= times[0] / many < 4e9 and rows_a_tick * many > 1e-3:
+        if 1e9 <= times[0] / many < 4e9 and rows_a_tick * many > 1 / 3600:
             return unit
     return next((unit for unit, (_, many) in UNITS.items()
                  if rows_a_tick * many >= 1 - SAME_RATE), "ns")
@@ -136,6 +139,9 @@ def read_clock(times, words, unit, file, stride):
     assumed = "" if unit else ", assumed by its size"
     word, many = UNITS[unit or likely_unit(times, rows_a_tick)]
     rate = rows_a_tick * many
+    if assumed and rate < 1 - SAME_RATE:
+        warn([f"recording {file}: its clock gives {rate:.3g} rows a second, if it counts {word}; "
+              "else give --rate"])
     beside = abs(passed * rows_a_tick - rows).max()
     if beside > stride:
         warn([f"recording {file}: its clock has gaps or changes its pace: rows lie up to "
@@ -189,17 +195,14 @@ def read_recording(file, name, s):
 
 
 def odd_channels(recording):
-    """Yield warnings about channels of a Recording that may be none."""
-    names = recording.channels
+    """Yield (the name of a channel that may be none, why)."""
     steps = np.diff(np.array(recording.rows[:, 0], dtype=np.float64))
     if (steps >= 0).all() and steps.any():
-        name = names[0] or f"column {len(recording.left_out) + 1}"
-        yield (f"recording {recording.file}: its {name} never falls, as a clock, and is taken as a "
-               "channel")
-    answers = [name for name in names if words_of(name) & ANSWERS]
-    if answers:
-        yield (f"recording {recording.file}: {several(answers)} is taken as a channel, so that the "
-               "features hold it; if it is the answer, cut it out")
+        name = recording.channels[0] or f"column {len(recording.left_out) + 1}"
+        yield name, "never falls, as a clock"
+    for name in recording.channels:
+        if words_of(name) & ANSWERS:
+            yield name, "may be the answer"
 
 
 def statistics(rows):
@@ -227,9 +230,8 @@ def check_alike(first, other):
     if len(a) != len(b):
         raise BadInput(f"recording {other.file} has {len(b)} channels{without(other)}, but "
                        f"{first.file} has {len(a)}{without(first)}")
-    if any(a) and any(b) and a != b:
-        raise BadInput(f"recording {other.file} has the channels {several(b)}, but {first.file} "
-                       f"has {several(a)}")
+    if any(a) and any(b):
+        check_columns(b, a, f"recording {other.file} has", f"{first.file} has")
 
 
 # ---- All recordings -----------------------------------------------------------------------------
@@ -238,7 +240,7 @@ def feature_targets(names, out, source, overwrite):
     """{name: the file that its features go to}; raises BadInput for one that must stay."""
     targets = {name: Path(out, f"{name}.npy") for name in names}
     for target in targets.values():
-        if target.resolve().is_relative_to(Path(source).resolve()):
+        if lies_in(target, [os.path.realpath(source)]):
             raise BadInput(f"--out {out}: {target} would lie among the recordings of {source}")
         if target.exists() and not overwrite:
             raise BadInput(f"{target} exists (--overwrite replaces it)")
@@ -249,17 +251,26 @@ def keep_settings(path, made, targets):
     """Write how the features of a folder are made; raises BadInput where others there are made
     otherwise, or nothing says how.
 
-    made     {name: value}, an empty one is not known
+    made     {name: value}; "names" of columns, where they are known
     targets  the files that will be written"""
-    kept = [file for _, file in files_in(path.parent, "*.npy") if file not in targets]
-    check_replaced(path, f'{{"{next(iter(made))}"', "file of settings that this wrote")
-    if kept and not path.exists():
-        raise BadInput(f"{kept[0]} exists, and no {path} says how it was made: give another --out")
-    before = read_json(path, "file of settings") if kept else {}
-    for name, value in before.items():
-        if value and made.get(name) and made[name] != value:
-            raise BadInput(f"{path} says that the features there are of {name} {short(value, 120)},"
-                           f" not {short(made[name], 120)}: give another --out")
+    folders = {path.parent, *(file.parent for file in targets)}
+    kept = [file for _, file in files_in(path.parent, "*.npy")
+            if file not in targets and (path.exists() or file.parent in folders)]
+    before = read_json(path, "file of settings") if path.exists() else {}
+    if path.exists() and (not isinstance(before, dict) or made.keys() - before.keys()):
+        raise BadInput(f"{path} does not say how features were made: give another --out")
+    others = [path.with_name(name) for name in (OF_WINDOWS, OF_VIDEOS) if name != path.name]
+    if kept and not path.exists() or others[0].exists():
+        raise BadInput(f"{kept[0] if kept else others[0]} exists, and no {path} says how features "
+                       "there were made: give another --out")
+    for name in made.keys() - {"names"} if kept else ():
+        if before[name] != made[name]:
+            raise BadInput(f"{path} says that the features there are of {name} "
+                           f"{short(before[name])}, not {short(made[name])}: give another --out")
+    if kept and "names" in made:
+        check_columns(made["names"], before["names"], "these features have",
+                      f"those that {path} is about have")
+        made = made | {"names": made["names"] or before["names"]}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, made)
 
@@ -296,15 +307,19 @@ def make_features(s):
     targets = feature_targets(files, s.out, s.raw, s.overwrite)
     features = {}
     rates = []
-    first = None
+    odd = {}
+    first = None  # a recording, the first that names its channels where one does
     for name, file in files.items():
         recording = read_recording(file, name, s)
         first = first or recording
         check_alike(first, recording)
+        first = first if any(first.channels) else recording
+        odd |= odd_channels(recording)
         features[name] = features_of(recording.rows, s.window, s.stride)
         rates.append(recording.rate)
         say(describe(name, recording, len(features[name])))
-    warn(odd_channels(first))
+    warn(f"the column {short(name)} {why}: it is taken as a channel; if it is none, cut it out"
+         for name, why in odd.items())
     made = {"window": s.window, "stride": s.stride, "channels": len(first.channels),
             "names": first.channels if any(first.channels) else []}
     keep_settings(Path(s.out, OF_WINDOWS), made, set(targets.values()))

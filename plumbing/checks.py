@@ -25,7 +25,7 @@ def check_channels(name, source, sums, trained, skip=0):
     expected, width = len(first.mean), len(mine.mean)
     columns = columns_of(source)[skip:] if trained else []
     others = "the training had" if trained else "the others have"
-    check_columns(columns, trained and trained.columns, place_of(source, name), others)
+    check_columns(columns, trained and trained.columns, f"{place_of(source, name)} has", others)
     if width == expected:
         return
     like = mine.steps == expected or not trained and len({x.steps for x in sums.values()}) == 1

@@ -67,6 +67,12 @@ def files_in(folder, pattern="*"):
     return [row for row in rows if not is_hidden(row[0])]
 
 
+def lies_in(file, places):
+    """Whether a file is one of some real paths, or lies below one."""
+    real = Path(os.path.realpath(file))
+    return any(real.is_relative_to(place) for place in places)
+
+
 def files_left(folder, taken):
     """[path within it] of a folder's files without those taken, those that share the name of one
     taken, and those that say how features were made."""
@@ -535,15 +541,15 @@ def sum_once(source, how, name):
 
 
 def check_columns(columns, known, where, others):
-    """Raise BadInput where both name columns, and one of them is another.
+    """Raise BadInput where both lists have names, and the names differ.
 
-    where, others  whose they are, as the message begins, and as it calls the known"""
+    where, others  who has the columns, who the known ones, in words"""
     if not columns or not known or columns == known:
         return
-    pairs = enumerate(zip_longest(columns, known, fillvalue=""), 1)
-    number, (mine, theirs) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-    raise BadInput(f"{where} has the columns {several(columns)}, {others} {several(known)}: column "
-                   f"{number} is {shown(mine)}, not {shown(theirs)}")
+    pairs = zip_longest(columns, known, fillvalue="nothing")
+    mine, theirs = next(pair for pair in pairs if pair[0] != pair[1])
+    raise BadInput(f"{where} the columns {several(columns)}, {others} {several(known)}: "
+                   f"{short(mine)} in the place of {short(theirs)}")
 
 
 def sum_all(sources, how):
@@ -556,7 +562,7 @@ def sum_all(sources, how):
             found = sum_once(source, how, name)
             columns = columns_of(source)[how.skip:]
             named = named or columns
-            check_columns(columns, named, place_of(source, name), "others have")
+            check_columns(columns, named, f"{place_of(source, name)} has", "others have")
             sums[name] = found
         except BadInput as fault:
             faults[name] = fault

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from plumbing import forms, tables
-from plumbing.files import READERS, VIDEOS, files_in, files_left, is_hidden
+from plumbing.files import READERS, VIDEOS, files_in, files_left, is_hidden, lies_in
 from plumbing.settings import SPLITS
 from plumbing.toy import toy_videos
 from plumbing.words import BadInput, several, short, shown, warn
@@ -157,18 +157,17 @@ def free_files(folder, chosen, s):
             if os.path.realpath(file) not in taken}
 
 
-def lies_in(file, places):
-    """Whether a file is one of some real paths, or lies below one."""
-    real = Path(os.path.realpath(file))
-    return any(real.is_relative_to(place) for place in places)
+def given_files(s):
+    """The files that the settings name, beside the annotations and the features."""
+    given = (getattr(s, name, "") for name in (*FILES, "init", "start"))
+    return [Path(file) for file in given if file]
 
 
 def other_files(folder, path, s):
     """[path within it] of the files of a folder that are no features and are not read either.
 
     path: of the annotations"""
-    given = [path, *(getattr(s, name, "") for name in FILES)]
-    read = [os.path.realpath(place) for place in given if place]
+    read = [os.path.realpath(place) for place in (path, *given_files(s))]
     left = files_left(folder, feature_ids(folder, s).values())
     return [place for place in left if not lies_in(Path(folder, place), read)]
 
@@ -211,7 +210,7 @@ def take_files_without_entry(chosen, s):
     chosen.bare |= {name: forms.unknown_video(None, fps) for name in loose}
 
 
-def hint_at_files(folder, name):
+def hint_at_files(folder, name, extension):
     """What the files of a folder are called that hold a missing one's id, in words; else ""."""
     if not folder.is_dir():
         return f"; there is no folder {short(folder, 100)}"
@@ -221,7 +220,8 @@ def hint_at_files(folder, name):
         bare = file.stem
         hint = ""
         if bare.startswith(stem):
-            hint = f"--extension {short(file.name[len(stem):])}"
+            ending = file.name[len(stem):]
+            hint = f"--extension {short(ending)}" if ending != extension else "it has no --prefix"
         elif bare.endswith(stem):
             hint = f"--prefix {short(bare.removesuffix(stem))}"
         elif stem.endswith(bare):
@@ -241,10 +241,11 @@ def drop_missing(chosen, s):
         return
     first = chosen.sources[absent[0]]
     if s.missing == "error" or len(absent) == len(taken):
+        hint = hint_at_files(first.parent, absent[0], s.extension)
         raise BadInput(
-            f"video {short(absent[0])}: feature file not found: {short(first, 150)}"
-            f"{hint_at_files(first.parent, absent[0])}; of {len(taken)} videos {len(absent)} "
-            f"lack theirs: {several(absent)} (--missing skip leaves them out)")
+            f"video {short(absent[0])}: feature file not found: {short(first, 150)}{hint}; of "
+            f"{len(taken)} videos {len(absent)} lack theirs: {several(absent)} (--missing skip "
+            "leaves them out)")
     for part in (chosen.annotated, chosen.bare, chosen.test):
         for name in absent:
             part.pop(name, None)
@@ -333,7 +334,8 @@ def choose_training_data(s):
         chosen.ignored.append(f"{len(other)} entries of other subsets: {forms.subsets_of(other)}")
     if s.dataset != "toy":
         take_files_without_entry(chosen, s)
-        chosen.ignored += tables.unused(chosen.path, set(chosen.sources.values()))
+        chosen.ignored += tables.unused(
+            chosen.path, {*chosen.sources.values(), *given_files(s)})
     return completed(chosen, s)
 
 

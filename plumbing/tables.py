@@ -10,13 +10,14 @@ Times are in seconds or h:mm:ss. Bad input raises BadInput: the file, the line a
 """
 import csv
 import io
+import os
 import re
 from itertools import groupby, takewhile
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 from plumbing import forms
-from plumbing.files import VIDEOS, files_in, files_left, read_text, separator_of
+from plumbing.files import VIDEOS, files_in, files_left, lies_in, read_text, separator_of
 from plumbing.words import BadInput, refuse, several, short, shown
 
 # What columns are called, in any letter case, by people, BORIS and ELAN: of several the first in
@@ -29,10 +30,12 @@ NAMES = {
     "subset": "subset",
     "duration": "total length, media duration (s), duration",
     "fps": "fps, fps (frame/s)",
-    "observation": "observation id",
+    "observation": "observation id",  # these two of BORIS alone
+    "offset": "time offset (s)",
 }
+NUMBERS = ("start", "end", "duration", "fps", "offset")
 OF_BORIS = ("media file name", "media file")
-UNKNOWN = "NA"  # what BORIS writes of what it does not know
+UNKNOWN = ("", "NA", "LIVE")  # what BORIS writes of what it does not know, or that had no file
 OF_ELAN = re.compile("(begin time|end time|duration) - .*|tier|participant|file (name|path)|")
 CLOCK = re.compile(r"(?:([0-9]+):)?([0-9]+):([0-5]?[0-9](?:\.[0-9]*)?)")  # h:mm:ss or m:ss
 # How a label track without tabs begins; 3,7 alone may be two labels.
@@ -59,8 +62,11 @@ def read_cells(path):
     Empty lines are left out. Raises BadInput."""
     lines = io.StringIO(read_text(path, "annotation file")).readlines()
     head = len([*takewhile(is_before, lines)])
-    between = separator_of("".join(lines[head:head + 1]))
-    reader = csv.reader(lines[head:], delimiter=between, strict=True)
+    first = "".join(lines[head:head + 1])
+    between = separator_of(first)
+    of_elan = "begin time - " in first.lower() and '"' not in first
+    quoting = csv.QUOTE_NONE if of_elan else csv.QUOTE_MINIMAL
+    reader = csv.reader(lines[head:], delimiter=between, strict=True, quoting=quoting)
     try:
         rows = [(head + reader.line_num, [*map(str.strip, cells)]) for cells in reader]
     except csv.Error as error:
@@ -86,6 +92,7 @@ def names_of(header):
                 names.setdefault(key, name)
     if names.get("video") not in OF_BORIS:
         names.pop("observation", None)
+        names.pop("offset", None)
     tiers = [name for name in header if not OF_ELAN.fullmatch(name)]
     if is_of_elan(names) and len(tiers) == 1:
         names["label"] = tiers[0]
@@ -109,7 +116,7 @@ def check_names(names, header, path):
 
 def with_points(row):
     """A row {key: cell} where no comma stands between cells: one in a number is its point."""
-    return {key: cell.replace(",", ".") if key in ("start", "end", "duration", "fps") else cell
+    return {key: cell.replace(",", ".") if key in NUMBERS else cell
             for key, cell in row.items()}
 
 
@@ -157,11 +164,13 @@ def fill(entry, row, names, where):
     A row that has neither start nor end nor label says that the video is there. Raises BadInput.
     """
     for key in ("subset", "duration", "fps"):
-        value = row.get(key)
-        if value in (None, "", UNKNOWN):
-            continue
+        value = row.get(key, "")
         if key != "subset":
             value = value.partition("|")[0]  # BORIS writes that of each player
+        of_sound = key == "fps" and "observation" in row and not value.strip("0.")
+        if value in UNKNOWN or of_sound:
+            continue
+        if key != "subset":
             if ";" in value:
                 raise BadInput(f"{where} {shown(names[key])} is {shown(value)}: of several files "
                                "played one after the other, whose times count on")
@@ -172,6 +181,9 @@ def fill(entry, row, names, where):
     if not row["start"] + row["end"] + row["label"]:
         return
     start, end = (seconds_of(row[key], names.get(key, key), where) for key in ("start", "end"))
+    if row.get("offset", "") not in UNKNOWN:  # BORIS has added it to its times
+        offset = forms.number(row["offset"], where, names["offset"])
+        start, end = start - offset, end - offset
     if end < start:
         raise BadInput(f"{where} the segment [{row['start']}, {row['end']}] ends before it starts")
     label = forms.read_label(row["label"], where)
@@ -187,13 +199,15 @@ def entries_of(table, path):
     for line, row in table.rows:
         cell = row.get("video", path.stem)
         observation = row.get("observation")
-        if observation and cell in ("", UNKNOWN):  # coded live, without a recording
+        if observation and cell in UNKNOWN:  # coded live, without a recording
             cell = observation
         name = cell if table.names.get("video", "video") == "video" else id_of(cell)
         where = f"annotation file {path}, line {line}, video {short(name)}:"
         try:
             if not name:
                 raise BadInput(f"{where} it names no video")
+            if observation and cell == "Not found":
+                raise BadInput(f"{where} BORIS has found no file that was played at this time")
             first = cells.setdefault(name, cell)
             if first != cell:
                 raise BadInput(f"{where} {shown(cell)} and {shown(first)} have one name: "
@@ -328,7 +342,9 @@ def unused(path, used=()):
     path = Path(path)
     read = reader_of(path)
     tracks = [file for _, file in files_in(path) if file.suffix.lower() == ".txt"]
-    others = files_left(path, {*tracks, *used})
+    real = [os.path.realpath(file) for file in used]
+    left = files_left(path, {*tracks, *used})
+    others = [place for place in left if not lies_in(Path(path, place), real)]
     if others:
         yield f"{len(others)} files that are no *.txt of {path}: {several(others)}"
     is_table = read is read_table or read is read_text_file and has_header(lines_of(path))

@@ -141,13 +141,14 @@ ASSUMED = "assumed by its size"
     (".csv", "index,x,y", with_clock(20 * EVEN), "index", None),
     *((".csv", f"{name},x,y", with_clock(np.repeat(EVEN[::2], 2) / 50), name, SECONDS)
       for name in ("seconds_elapsed", "Time (sec)", "time_stamp", "Timestamp (seconds)", "unix")),
-    (".csv", "elapsed_ms,x,y", with_clock(20 * JITTER), "elapsed_ms", "clock in milliseconds"),
+    (".csv", "elapsed_ms,x,y", with_clock(20 * JITTER), "elapsed_ms", "clock in milliseconds\n"),
+    (".csv", "time,x,y", with_clock(1.7e9 + 1200 * EVEN), "time", "0.000833333 rows a second"),
     (".csv", "time,x,y", with_clock(EVEN), "time", f"1 rows a second {SECONDS}, {ASSUMED}"),
     (".csv", "unix,x,y", with_clock(1.7e9 + 5 * EVEN), "unix", "0.2 rows a second"),
     (".csv", "unix,x,y", with_clock(1.7e12 + 5000 * EVEN), "unix", "0.2 rows a second"),
     *((".csv", "time,x,y", with_clock(start + step * EVEN), "time", "50 rows a second")
       for start, step in ((5.2e13, 2e7), (2e12, 2e7), (2e9, 2e4))),  # since a phone was started
-    *((".csv", f"{name},x,y", with_clock(20 * JITTER), name, "50.")
+    *((".csv", f"{name},x,y", with_clock(20 * np.repeat(EVEN[::2], 2)), name, "50.2525")
       for name in ("ts", "times", "timems", "timestamps")),
     (".csv", "time0,x,y", noise(200, 3), None, None),
     (".csv", "x,time,y", noise(200, 3), None, None),
@@ -158,7 +159,7 @@ def test_a_leading_clock_is_no_channel_and_says_the_rate(
         tmp_path, capsys, ending, header, rows, left_out, said):
     write(tmp_path / f"raw/a{ending}", rows, header)
     assert run(windows.main, tmp_path / f"raw/a{ending}", "--out", tmp_path / "out") == 0
-    first, last = capsys.readouterr().out.splitlines()
+    first, last = capsys.readouterr().out.splitlines(keepends=True)
     columns = len(left_out.split(", ")) if left_out else 0
     assert ("without" in first) == bool(left_out)
     assert f"without {left_out}" in first or not left_out
@@ -187,7 +188,7 @@ def test_a_channel_that_is_a_clock_or_the_answer_is_told(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "3 channels (tick, x, Activity)" in out
     never, answer = err.splitlines()
-    assert "tick never falls" in never and "Activity is taken" in answer
+    assert "tick never falls" in never and "Activity may be the answer" in answer
 
 
 def test_a_folder_holds_features_of_one_kind(tmp_path, capsys):
@@ -198,18 +199,46 @@ def test_a_folder_holds_features_of_one_kind(tmp_path, capsys):
     refused_by(windows.main, (tmp_path / "a.csv", *out), capsys, "old.npy exists, and no")
     (tmp_path / "out/old.npy").unlink()
     (tmp_path / "out/windows.json").write_text('{"my": "own"}')
-    refused_by(windows.main, (tmp_path / "a.csv", *out), capsys, "windows.json exists")
+    refused_by(windows.main, (tmp_path / "a.csv", *out), capsys, "windows.json does not say")
+    (tmp_path / "out/windows.json").write_text('[{"window": 50}]')
+    refused_by(windows.main, (tmp_path / "a.csv", *out), capsys, "windows.json does not say")
     (tmp_path / "out/windows.json").unlink()
     assert run(windows.main, tmp_path / "a.csv", *out) == 0
     assert run(windows.main, tmp_path / "a.csv", *out, "--window", 20, "--overwrite") == 0
     refused_by(windows.main, (tmp_path / "b.csv", *out), capsys, "json says", "window 20, not 50")
     write(tmp_path / "b.csv", noise(200, 2), "y,x")
-    refused_by(windows.main, (tmp_path / "b.csv", *out, "--window", 20), capsys, "names")
+    refused_by(windows.main, (tmp_path / "b.csv", *out, "--window", 20), capsys, "y in the place")
     write(tmp_path / "b.csv", noise(200, 3))
     refused_by(windows.main, (tmp_path / "b.csv", *out, "--window", 20), capsys, "channels 2")
     assert files_in(tmp_path / "out") == {"a.npy", "windows.json"}
     write(tmp_path / "b.csv", noise(200, 2))  # without names, which may be the same
     assert run(windows.main, tmp_path / "b.csv", *out, "--window", 20) == 0
+    write(tmp_path / "c.csv", noise(200, 2), "y,x")
+    refused_by(windows.main, (tmp_path / "c.csv", *out, "--window", 20), capsys, "y in the place")
+    (tmp_path / "out/b.npy").unlink()
+    (tmp_path / "out/windows.json").rename(tmp_path / "out/video_features.json")
+    more = ("--window", 20, "--overwrite")
+    refused_by(windows.main, (tmp_path / "a.csv", *out, *more), capsys, "_features.json exists")
+
+
+def test_only_features_beside_the_new_ones_count(tmp_path, capsys, monkeypatch):
+    write(tmp_path / "raw/a.npy", noise(200, 2))
+    write(tmp_path / "features/emg/b.npy", noise(9, 2))
+    monkeypatch.chdir(tmp_path)
+    for out in (".", "features"):
+        assert run(windows.main, "raw", "--out", out) == 0
+    (tmp_path / "round").symlink_to("round")
+    refused_by(windows.main, ("raw", "--out", "round"), capsys, "round")
+
+
+def test_names_count_from_the_first_recording_that_has_some(tmp_path, capsys):
+    for name, header in (("a", ""), ("b", "x,Label"), ("c", "Label,x")):
+        write(tmp_path / f"raw/{name}.csv", noise(200, 2), header)
+    refused_by(windows.main, (tmp_path / "raw",), capsys, "c.csv has", "Label in the place of x")
+    (tmp_path / "raw/c.csv").unlink()
+    assert run(windows.main, tmp_path / "raw", "--out", tmp_path / "out") == 0
+    assert "Label may be the answer" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out/windows.json").read_text())["names"] == ["x", "Label"]
 
 
 @pytest.mark.parametrize("pause, warned", [(0.1, False), (3.0, True)])
@@ -257,7 +286,7 @@ def spoilt(row, channel, value):
     (spoilt(11, 0, 0.0), "time,x,y", (), ("b.csv: its column 'time' does not rise at row 12",)),
     (with_clock(0 * EVEN), "time,x,y", (), ("b.csv: its column 'time' does not rise",)),
     (noise(200, 4), "", (), ("b.csv has 4 channels, but", "a.csv has 2, without time")),
-    (with_clock(EVEN), "time,y,x", (), ("b.csv has the channels y, x, but", "a.csv has x, y")),
+    (with_clock(EVEN), "time,y,x", (), ("b.csv has the columns y, x", "a.csv has x, y")),
     (with_clock(EVEN), "t,x,y", ("--window", 1), ("window must be from 2 to a million",)),
     (with_clock(EVEN), "t,x,y", ("--stride", 0), ("stride", "0")),
     (with_clock(EVEN), "t,x,y", ("--rate", "nan"), ("rate", "nan")),

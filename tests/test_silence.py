@@ -153,6 +153,16 @@ def test_files_that_are_read_are_not_told_as_ignored(own, capsys):
     assert "ignored: 1 files that are no *.npy (--extension): v3.mp4" in text
 
 
+def test_files_among_label_tracks_that_are_read_are_not_told(own, capsys):
+    words = labels_of(own)
+    (own / "labels/split.csv").write_text("v0\nv1\n")
+    (own / "labels/other.csv").write_text("x")
+    (own / "features").rename(own / "labels/feats")
+    (own / "features").symlink_to(own / "labels/feats")
+    text = told(own, capsys, *words, "--split", own / "labels/split.csv")
+    assert "ignored: 1 files that are no *.txt" in text and "other.csv" in text
+
+
 @pytest.mark.parametrize(("line", "words"), [
     ("2.0\t8.0\t6.0\tA", ["4 cells", "column headers"]), ("2.0 8.0 A", ["no tabs"]),
     ("2,8,A", ["no tabs"]), ("0:02; 0:08; A", ["no tabs"])])

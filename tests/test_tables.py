@@ -62,8 +62,11 @@ SAME = {  # tables that say that in v somebody walks from 5 to 24.5
     "BORIS, two players": "Observation id\tMedia duration (s)\tFPS (frame/s)\tBehavior\tStart (s)\t"
                           "Stop (s)\tMedia file name\n"
                           "obs\t60.0|61.5\t29.97|25\twalk\t5.0\t24.5\tdata/v.MTS",
+    "BORIS, an offset": "Observation id,Time offset (s),FPS (frame/s),Media duration (s),Behavior,"
+                        "Start (s),Stop (s),Media file name\no,10.0,0.000,|60,walk,15,34.5,v.wav",
     "BORIS, live": "Observation id\tMedia duration (s)\tBehavior\tStart (s)\tStop (s)\t"
                    "Media file name\nv\tNA\twalk\t5.0\t24.5\tNA",
+    "BORIS 7, live": "Observation id,Media file,Behavior,Start (s),Stop (s)\nv,LIVE,walk,5,24.5",
     "ELAN, all times": '"#file:///C:/x/v.eaf"\nBegin Time - hh:mm:ss.ms\tBegin Time - ss.msec\t'
                        "Begin Time - msec\tEnd Time - hh:mm:ss.ms\tEnd Time - ss.msec\t"
                        "End Time - msec\tDuration - msec\tposture\tFile Name\tFile Path\n"
@@ -89,6 +92,13 @@ def test_tables_that_say_the_same(tmp_path, form):
 def test_a_table_of_elan_without_a_file_name_is_of_its_own_video(tmp_path):
     content = "Begin Time - ss.msec\tEnd Time - ss.msec\tposture\n5\t24.5\twalk"
     assert read(tmp_path, content, "v.csv") == read(tmp_path, content, "v.txt") == WALK
+
+
+def test_quotes_are_letters_in_a_table_of_elan(tmp_path):
+    content = ('Begin Time - ss.msec\tEnd Time - ss.msec\tsaid\n5\t6\t"a\n7\t8\tb"\n'
+               '9\t10\t"go" he says')
+    assert read(tmp_path, content, "v.csv") == {
+        "v": ([[5, 6], [7, 8], [9, 10]], ['"a', 'b"', '"go" he says'])}
 
 
 def test_what_else_a_table_says(tmp_path):
@@ -137,6 +147,9 @@ WRONG = [  # (content, words of the sentence)
      "line 2|'media duration (s)' is '60;30'|one after the other"),
     ("Observation id,Media file name,Behavior,Start (s),Stop (s)\no,v.mp4,a,1,2\no,w.mp4,a,61,62",
      "line 3|video w|observation 'o'|another file"),
+    ("Observation id,Media file name,Behavior,Start (s),Stop (s)\no,Not found,a,61,62",
+     "line 2|BORIS has found no file"),
+    (HEAD.replace("label", "label,fps").replace("walk", "walk,0"), "line 2|fps|positive"),
 ]
 
 
@@ -228,7 +241,7 @@ TASKS = [
          ([region({"start": 1.5, "end": 2, "labels": ["sit"]}, "labels") | {"original_length": 9.0},
            region({"x": 1, "rectanglelabels": ["box"]}, "rectanglelabels"),
            region({"start": 3, "end": 4, "text": ["said"]}, "textarea")], {})),
-    task("still.mp4", ([], {})),
+    task("still.mp4", ([{"type": "relation", "from_id": "a", "to_id": "b"}], {})),
     task("open.mp4"),
     task("/data/upload/1/0a1b2c3d-hand.CSV",
          ([region({"start": 5, "end": 9, "timeserieslabels": ["run"]}, "timeserieslabels")], {})),

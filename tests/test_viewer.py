@@ -233,7 +233,7 @@ def test_what_is_left_out_is_counted_by_its_score():
 
 def test_the_top_has_date_duration_gain_and_command_where_the_files_have_them(tmp_path):
     run = write_run(tmp_path / "my")
-    rest = [["took", "0:00:04 h of training steps"],  # 40 steps, 9 a second; joint does not say
+    rest = [["took", "0:00:04 of training steps"],  # 40 steps, 9 a second; joint does not say
             ["gain over the supervised stage", "+19.3 points of average mAP"]]
     begun, *others = embedded(viewer.write_page(run))["about"]
     assert begun[0] == "begun, or last resumed"
