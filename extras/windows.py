@@ -263,8 +263,8 @@ def keep_settings(path, made, targets):
     if kept and not path.exists() or others[0].exists():
         raise BadInput(f"{kept[0] if kept else others[0]} exists, and no {path} says how features "
                        "there were made: give another --out")
-    for name in made.keys() - {"names"} if kept else ():
-        if before[name] != made[name]:
+    for name in made if kept else ():
+        if name != "names" and before[name] != made[name]:
             raise BadInput(f"{path} says that the features there are of {name} "
                            f"{short(before[name])}, not {short(made[name])}: give another --out")
     if kept and "names" in made:
