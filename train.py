@@ -464,7 +464,7 @@ def report_pseudo_labels(run, best=None):
     status = data.gather(run.pseudo, "status").long()
     kept, dropped, mined, candidates = counts = status.bincount(minlength=len(icd.STATUS)).tolist()
     taught = {name: data.take(record, teaches(record)) for name, record in run.pseudo.items()}
-    quality = evaluate.pseudo_label_quality(taught, run.data.hidden) if run.s.audit else {}
+    quality = evaluate.pseudo_label_quality(taught, run.data.hidden) if run.data.hidden else {}
     run.folder.log(
         run.at, positives=kept + dropped, candidates=mined + candidates, dropped=dropped,
         mined=mined, theta_h=run.theta_h, **quality)
@@ -576,7 +576,7 @@ def finish(run):
     if d.test:
         journal.report(run, {
             "raw": evaluate.evaluate_detector(run.detector, d, s),
-            "ema": evaluate.evaluate_detector(run.ema, d, s)})
+            "ema": evaluate.evaluate_detector(run.ema, d, s)}, evaluate.mean_average_precision)
     if not is_first():
         return
     names = {"labels": d.classes, "status": icd.STATUS}

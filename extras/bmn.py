@@ -672,8 +672,11 @@ def export_proposals(argv):
         trained.detector = Proposing(trained.detector)
         found, labelled = (proposals_of_files(trained, args.features) if new
                            else proposals_of_run(trained))
-        if not new:  # by the whole run, since the annotations may have grown
-            labelled = checkpoints.load(args.checkpoint, Settings).get("labelled", labelled)
+        content = checkpoints.load(args.checkpoint, Settings)  # the annotations may have grown
+        labelled = content.get("labelled", labelled)
+        if not labelled:
+            warn([f"{args.checkpoint} does not say which videos were labelled, and so neither does "
+                  f"{args.export_proposals}: take the checkpoint of the whole run"])
         content = forms.result_format(found, {}) | {"labelled": labelled}
         write_json(args.export_proposals, content)
         say(f"{args.export_proposals}: {sum(map(len, found.values()))} proposals of {len(found)} "

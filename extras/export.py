@@ -28,7 +28,7 @@ from torch import nn
 
 from alqa import joint_score
 from evaluate import Localizer
-from plumbing.files import write_atomically, write_json
+from plumbing.files import check_replaced, write_atomically, write_json
 from plumbing.runs import guard
 from plumbing.settings import Parser
 from plumbing.words import BadInput, say, short
@@ -202,8 +202,10 @@ def write_export(run, path):
     path = Path(path)
     check_kind(path)
     beside = path.with_suffix(".json")
-    if path.suffix == ".pt2" and beside.exists() and not path.exists():
-        raise BadInput(f"{beside} exists, which {path} would replace: name another --out")
+    if path.suffix == ".pt2":
+        check_replaced(beside, '"nms_sigma"', f"file beside {path} that this wrote")
+        if path.exists() and not beside.exists():
+            raise BadInput(f"{path} exists, and this did not write it: name another --out")
     localize = Localizer(run, device="cpu", precision="float32")
     portable = Portable(localize).eval()
     told = about(localize)

@@ -23,7 +23,7 @@ from extras.analysis import (
 )
 from plumbing.runs import guard
 from plumbing.settings import Parser
-from plumbing.words import BadInput
+from plumbing.words import BadInput, several
 
 RESAMPLES = 1000
 MIDDLE = (2.5, 97.5)  # percentiles: 95 %
@@ -52,6 +52,11 @@ def average_mAPs(pairs, weights):
         classes += positives > 0
     with np.errstate(invalid="ignore"):
         return total / (classes * len(pairs.tious))
+
+
+def seed_of(folder):
+    """The seed of a run."""
+    return read_object(folder / "config.json").get("seed")
 
 
 def average_of(folder):
@@ -110,6 +115,10 @@ def compare(ones, others):
     if len(ones) != len(others):
         raise BadInput(f"{len(ones)} runs are compared with {len(others)}: name a run of each seed "
                        "on either side")
+    seeds, other = ([seed_of(run) for run in side] for side in (ones, others))
+    if seeds != other or len(set(seeds)) < len(seeds):
+        raise BadInput(f"runs are compared seed by seed, a run a seed: {several(seeds)} with "
+                       f"{several(other)}")
     values = resampled_difference(*np.split(resampled([*ones, *others]), 2))
     return statistics.mean(average_of(a) - average_of(b) for a, b in zip(ones, others)), values
 

@@ -40,7 +40,7 @@ from plumbing.arguments import settings_of
 from plumbing.files import files_in, read_json, read_rows, write_json
 from plumbing.runs import guard
 from plumbing.settings import Parser, settings_of_stages
-from plumbing.words import BadInput, say
+from plumbing.words import BadInput, say, several
 
 # ---- The rows -----------------------------------------------------------------------------------
 
@@ -256,7 +256,14 @@ def folder_of(s, stage, runs):
     until = settings_of_stages(type(s), train.STAGES[:count])
     names = [*until, "weights", *OF_DATA]
     depends = {name: getattr(s, name) for name in names if hasattr(s, name)}
+    if type(s) is not train.Settings:
+        depends["kind"] = type(s).__module__
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode())
+    if s.dataset != "toy":
+        for folder in filter(os.path.isdir, (sources.locate(s)[1], s.unlabelled_features)):
+            for place, file in files_in(folder):
+                state = os.stat(file)
+                digest.update(f"{place} {state.st_size} {state.st_mtime_ns}".encode())
     init = s.init and checkpoints.file_of(s.init)
     for path in (s.dataset, s.annotations, s.split, s.ext_scores, init,
                  depends.get("proposals", "")):
@@ -589,7 +596,8 @@ def probe(folder, what):
           "input", the features
     ->    {"accuracy", "recall"}, recall averaged over the classes that are there"""
     s, d, detector = probed_network(folder, what)
-    test = [data.label_video(video, d.truth[video.id], d.classes) for video in d.test]
+    test = [data.label_video(video, d.truth[video.id], d.classes) for video in d.test
+            if video.id in d.truth]
     x, y = labelled_steps(detector, [*d.labelled, *d.hidden.values()], d, s)
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     W = logistic_regression((x - mean) / std, y, len(d.classes) + 1)
@@ -702,7 +710,8 @@ def detection_cells(folders, metrics, quality):
     pulses = [last_pulse(folder) for folder in folders]
     for key in quality:
         name = key.replace("_", " ")
-        cells[name] = spread([pulse[key] for pulse in pulses]) if all(pulses) else "-"
+        known = all(pulse and key in pulse for pulse in pulses)
+        cells[name] = spread([pulse[key] for pulse in pulses]) if known else "-"
     minutes = [minutes_of(folder) for folder in folders]
     cells["minutes"] = "-" if None in minutes else f"{statistics.mean(minutes):.1f}"
     return cells
@@ -837,6 +846,18 @@ def parse_seeds(text):
     return seeds
 
 
+def check_data(args, options):
+    """Raise BadInput where the data has no videos to judge a row by; options: of the first seed."""
+    d = data.training_data(settings_of([*options, "--audit"], kind_of(args.tables[0])))
+    if not d.truth:
+        raise BadInput("a table needs test videos with annotations: without them there is no mAP")
+    bare = [video.id for video in d.unlabelled if video.id not in d.hidden]
+    judging = [table for table in args.tables if table in ("3b", "causes", "ceiling")]
+    if judging and (bare or not d.unlabelled):
+        raise BadInput(f"table {judging[0]} judges by the labels of the unlabelled videos, which "
+                       f"must have some: {several(bare) or 'there are no such videos'}")
+
+
 def parse(argv):
     """The arguments of the command line, and what is passed on to train.py; raises BadInput."""
     parser = Parser(__name__)
@@ -865,6 +886,8 @@ def parse(argv):
             s = settings_of([*options, *more.split()], kind_of(table))
             if s.test_subset == "none":
                 raise BadInput("a table needs test videos: --test-subset none has no mAP")
+    if args.tables != ["S6"]:
+        check_data(args, command_of(options, args.seeds[0], args.splits))
     return args, options
 
 

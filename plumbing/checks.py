@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from plumbing import forms, sources
-from plumbing.files import check_columns, columns_of, place_of
+from plumbing.files import check_columns, columns_of, place_of, read_json
 from plumbing.processes import process_count
 from plumbing.words import BadInput, several, short, shown
 
@@ -275,6 +275,18 @@ def check_known(path, test, classes):
     forms.read_each(test, check, f"annotation file {path}")
 
 
+def odd_split(dataset, s):
+    """Yield a warning where a JSON split names other unlabelled videos than are taken."""
+    if not s.split.endswith(".json"):
+        return
+    content = read_json(s.split, "split file")
+    named = content.get("unlabelled") if isinstance(content, dict) else None
+    taken = {video.id for video in dataset.unlabelled}
+    if isinstance(named, list) and taken != set(map(str, named)):
+        yield (f"split file {s.split} names {len(named)} unlabelled videos, which it does not "
+               f"choose: {len(taken)} are taken")
+
+
 def look(dataset, videos, annotations, path, s):
     """Yield warnings about a loaded training data set; raises BadInput where it is unusable.
 
@@ -289,6 +301,9 @@ def look(dataset, videos, annotations, path, s):
     yield from odd_rates(dataset.labelled + dataset.unlabelled) if s.stride else ()
     yield from check_classes(dataset.classes, dataset.missing)
     yield from s.look(dataset)
+    yield from odd_split(dataset, s)
+    if s.audit and dataset.unlabelled and not dataset.hidden:
+        yield "--audit: no unlabelled video has annotations to judge pseudo labels by"
     if s.stage == "all" and not dataset.unlabelled:
         yield (f"all {len(dataset.labelled)} training videos are labelled, so that there is no "
                "unlabelled video to learn from: training ends with the supervised stage. Stage 3 "

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plumbing import files, forms, runs
+from plumbing import files, forms, listing, runs
 from plumbing.words import is_first, say, several, warn
 
 
@@ -104,14 +104,19 @@ def run_extra(run, name):
         note(run, f"python -m extras.{name} {folder} failed; it says why")
 
 
-def report(run, results):
+def report(run, results, judge):
     """Write predictions.json and metrics.json, and print the table; the first process does.
 
-    results  {"raw": (metrics, predictions), "ema": ...}; metrics are None without annotations"""
+    results  {"raw": (metrics, predictions), "ema": ...}; metrics are None without annotations
+    judge    evaluate.mean_average_precision()"""
     s, out = run.s, run.folder.path
     metrics, predictions = results.pop(s.weights)
     if metrics:
-        best = {key: metrics["trust"][key] for key in ("score", "precision", "recall")}
+        listed = {name: predictions["results"][name] for name in run.data.truth}
+        if run.trust["exclusive"]:  # as a list of new videos is
+            listed = {name: listing.once(found) for name, found in listed.items()}
+        trust = judge(run.data.truth, listed, np.array([listing.TIOU]))["trust"]
+        best = {key: trust[key] for key in ("score", "precision", "recall")}
         if not s.ext_scores:  # which a list of new videos is without
             run.trust |= best | {"videos": metrics["videos"]}
     if not is_first():
@@ -125,7 +130,7 @@ def report(run, results):
     say(forms.table(metrics, f"{out} ({s.weights} weights)"))
     say(f"average with the {other} weights: {100 * other_average:.2f}")
     say(f"listed from a score of {best['score']:.3g} on: {100 * best['precision']:.0f} % right, "
-        f"{100 * best['recall']:.0f} % of what happens found (at tIoU {metrics['trust']['tiou']})")
+        f"{100 * best['recall']:.0f} % of what happens found (at tIoU {trust['tiou']})")
     if run.supervised_mAP is not None:
         whole["supervised_mAP"] = run.supervised_mAP
         say(f"supervised {100 * run.supervised_mAP:.2f} -> APL {100 * average:.2f}")

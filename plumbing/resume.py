@@ -170,14 +170,18 @@ def restore(run, stages, limits):
     run.t_plus = dict(zip(run.t_plus, content["t_plus"].to(run.s.device)))
     for name in ("pseudo", "theta_h", "supervised_mAP", "rng"):
         setattr(run, name, content[name])
-    if content["settings"]["weights"] != run.s.weights:
-        run.supervised_mAP = None  # of the other weights
+    of_mAP = ("weights", "test_subset", "ext_scores")
+    if any(content["settings"][name] != getattr(run.s, name) for name in of_mAP):
+        run.supervised_mAP = None  # of the other weights, videos or scores
     if run.s.resume:
         run.folder.rows = content["rows"]
 
 
 def take_folder(run, stop, stages):
-    """Make the run's folder its own; a resumed one goes on in what lies there."""
+    """Make the run's folder its own; a resumed one goes on in what lies there, without the results
+    of an end that it had."""
     run.folder.open(stop)
     if run.s.resume and is_first():
+        for name in runs.AT_THE_END:
+            (run.folder.path / name).unlink(missing_ok=True)
         begin(run, run.folder.rows_until(run.at, stages))

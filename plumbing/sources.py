@@ -63,7 +63,10 @@ def locate(s):
 
     Raises BadInput if a published dataset lacks one."""
     if s.dataset not in LAYOUTS:
-        path = Path(s.annotations or s.dataset)
+        if s.annotations:
+            raise BadInput(f"--annotations {short(s.annotations, 150)} is in the place of a "
+                           "published dataset's file; your own annotations are --dataset")
+        path = Path(s.dataset)
         return path, Path(s.features or path.parent / "features")
     path, folder = (Path(s.root, part) for part in LAYOUTS[s.dataset])
     path = Path(s.annotations or path)

@@ -1,5 +1,6 @@
 """Tests of the analysis: the public numbers, the rules by brute force, empty cases, the command."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -515,15 +516,21 @@ def test_runs_are_compared_seed_by_seed_and_data_set_by_data_set(folder, capsys)
         (folder / name).mkdir()
         for part in ("videos", "predictions"):
             (folder / f"{name}/{part}.json").write_bytes((folder / f"{part}.json").read_bytes())
+        (folder / f"{name}/config.json").write_text('{"seed": 0}')
         metrics = {"tiou": [0.5], "average_mAP": average}
         (folder / f"{name}/metrics.json").write_text(json.dumps(metrics))
     change(folder / "stranger/videos.json", lambda content: content.pop("w"))
+    for name in "ab":
+        shutil.copytree(folder / name, folder / f"{name}2")
+        change(folder / f"{name}2/config.json", lambda content: content.update(seed=1))
     a, b, stranger = (str(folder / name) for name in ("a", "b", "stranger"))
-    assert compare_runs([f"{a},{a}", f"{b},{b}", b, a, a, b]) == 0
+    assert compare_runs([f"{a},{a}2", f"{b},{b}2", b, a, a, b]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{a}: +25.0 (0.0 to 0.0)", f"{b}: -25.0 (0.0 to 0.0)", f"{a}: +25.0 (0.0 to 0.0)",
         "mean: +8.3 (0.0 to 0.0)"]
     for argv, words in (([a, b, a], "even number"), ([f"{a},{a}", b], "2 runs"),
+                        ([f"{a},{a}2", f"{b}2,{b}"], "seed by seed"),
+                        ([f"{a},{a}", f"{b},{b}"], "seed by seed"),
                         ([a, stranger], "other test videos"), ([a, f"{b}x"], "not found")):
         assert compare_runs(argv) == 2
         assert words in capsys.readouterr().err

@@ -250,7 +250,7 @@ ODD_FILES = {f"{content[-30:]!a}": content for content in BAD_JSON} | NO_FILES
 # {a command that reads a file: words of the sentence}
 INPUTS = {
     "data --dataset OWN/odd.json": "annotation file", "predictions --gt OWN/odd.json": "",
-    "data --annotations OWN/odd.json": "annotation file", "predictions --pred OWN/odd.json": "",
+    "predictions --pred OWN/odd.json": "",
     "data --ratio 0 --split OWN/odd.json": "split file", "evaluate --checkpoint OWN/odd.pt": "",
     "data --ratio 0 --split OWN/odd.txt": "split file", "data --start OWN/odd.pt": "",
     "train --resume OWN/odd.pt": "",

@@ -9,10 +9,11 @@ import torch
 import evaluate
 import train
 from extras import analysis, annotations, bmn, export, fig4, intervals, tables, viewer
+from plumbing import forms
 from tests import users
 from tests.helpers import edit, finished, own_argv, read_result, refused, settings, weights
 
-WORDS = {"evaluate": evaluate.main, "analysis": analysis.main, "bmn": bmn.main,
+WORDS = {"train": train.main, "evaluate": evaluate.main, "analysis": analysis.main, "bmn": bmn.main,
          "export": export.main, "intervals": intervals.main, "viewer": viewer.main}
 
 
@@ -42,6 +43,38 @@ def said(capsys, command, *argv, code=2):
     capsys.readouterr()
     assert WORDS[command]([str(word) for word in argv]) == code
     return "".join(capsys.readouterr())
+
+
+# ---- What a resumed run leaves ------------------------------------------------------------------
+
+def test_a_resumed_run_leaves_no_result_of_another_end(ran, capsys):
+    edit(ran, lambda database: database["v13"].update(subset="other"))
+    more = ("--resume", ran / "run", "--no-page", "--dataset", ran / "own.json", "--features",
+            ran / "features")
+    out = said(capsys, "train", *more, "--test-subset", "other", code=0)
+    assert " -> APL " not in out
+    assert not (ran / "run/page.html").exists()
+    assert "supervised_mAP" not in read_result(ran / "run/metrics.json")
+    said(capsys, "train", *more, "--test-subset", "none", code=0)
+    for name in ("metrics.json", "predictions.json"):
+        assert not (ran / f"run/{name}").exists()
+
+
+def test_how_right_a_list_is_said_to_be_is_how_right_it_is(ran, capsys):
+    features = ran / "tested"
+    features.mkdir()
+    for name in users.TESTED:
+        shutil.copy(ran / f"features/{name}.npy", features)
+    out = said(capsys, "evaluate", "--checkpoint", ran / "run", "--features", features, "--out",
+               ran / "list.json", code=0)
+    listed = read_result(ran / "list.json")["results"]
+    video = read_result(ran / "own.json")["database"]
+    truth = {name: forms.Annotation(
+        "", 32.5, 50.0, np.array([a["segment"] for a in video[name]["annotations"]]),
+        [a["label"] for a in video[name]["annotations"]]) for name in users.TESTED}
+    trust = evaluate.mean_average_precision(truth, listed, np.array([0.5]))["trust"]
+    assert f"such actions {100 * trust['precision']:.0f} % were right" in out
+    assert f"videos, {100 * trust['recall']:.0f} % were found" in out
 
 
 # ---- What evaluation advises --------------------------------------------------------------------

@@ -177,6 +177,26 @@ def test_a_table_called_txt_is_a_table(tmp_path):
     assert tables.read_any(tmp_path / "all.txt").keys() == {"v", "w"}
 
 
+def test_annotations_in_the_place_of_own_ones_are_refused(own, capsys):
+    argv = users.check(own, "--annotations", own / "own.json")
+    refused(argv, capsys, "--annotations", "--dataset")
+
+
+def test_an_unlabelled_list_that_chooses_nothing_is_told(own, capsys):
+    split = {"labelled": ["v0", "v1"], "unlabelled": ["v2"]}
+    (own / "split.json").write_text(json.dumps(split))
+    assert "names 1 unlabelled videos" in told(own, capsys, "--split", own / "split.json")
+    split["unlabelled"] = users.TRAINED[2:]
+    (own / "split.json").write_text(json.dumps(split))
+    assert "names" not in told(own, capsys, "--split", own / "split.json")
+
+
+def test_an_audit_without_hidden_labels_is_told(own, capsys):
+    users.loose_features(own)
+    assert "--audit" in told(own, capsys, "--audit")
+    assert "--audit" not in told(own, capsys)
+
+
 def test_a_subset_that_is_labelled_is_not_unlabelled_too(own, capsys):
     refused(users.check(own, "--unlabelled-subset", "training"), capsys, "names 10 videos", "v0")
 
