@@ -846,6 +846,13 @@ def parse_seeds(text):
     return seeds
 
 
+def command_of(options, seed, splits):
+    """The options of every row for a seed, whose number stands in the place of {seed}."""
+    options = [option.replace("{seed}", str(seed)) for option in options]
+    split = ["--ratio", "0", "--split", splits[seed]] if seed < len(splits) else []
+    return [*options, "--seed", str(seed), *split]
+
+
 def check_data(args, options):
     """Raise BadInput where the data has no videos to judge a row by; options: of the first seed."""
     d = data.training_data(settings_of([*options, "--audit"], kind_of(args.tables[0])))
@@ -889,13 +896,6 @@ def parse(argv):
     if args.tables != ["S6"]:
         check_data(args, command_of(options, args.seeds[0], args.splits))
     return args, options
-
-
-def command_of(options, seed, splits):
-    """The options of every row for a seed, whose number stands in the place of {seed}."""
-    options = [option.replace("{seed}", str(seed)) for option in options]
-    split = ["--ratio", "0", "--split", splits[seed]] if seed < len(splits) else []
-    return [*options, "--seed", str(seed), *split]
 
 
 def with_progress(table, rows):

@@ -10,7 +10,6 @@ no channels: those named so, as "time (ms)", or that rise evenly. Rows after the
 are left out. windows.json beside them says how they were made. All is read and checked before
 anything is written.
 """
-import os
 import re
 import sys
 from argparse import SUPPRESS
@@ -31,6 +30,7 @@ from plumbing.files import (
     lies_in,
     read_features,
     read_json,
+    real_paths,
     write_atomically,
     write_json,
 )
@@ -240,7 +240,7 @@ def feature_targets(names, out, source, overwrite):
     """{name: the file that its features go to}; raises BadInput for one that must stay."""
     targets = {name: Path(out, f"{name}.npy") for name in names}
     for target in targets.values():
-        if lies_in(target, [os.path.realpath(source)]):
+        if lies_in(target, real_paths([source])):
             raise BadInput(f"--out {out}: {target} would lie among the recordings of {source}")
         if target.exists() and not overwrite:
             raise BadInput(f"{target} exists (--overwrite replaces it)")

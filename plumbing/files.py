@@ -67,10 +67,15 @@ def files_in(folder, pattern="*"):
     return [row for row in rows if not is_hidden(row[0])]
 
 
+def real_paths(files):
+    """Where files and folders lie behind links, as a set; without those that do not exist."""
+    return {os.path.realpath(file) for file in files if os.path.exists(file)}
+
+
 def lies_in(file, places):
-    """Whether a file is one of some real paths, or lies below one."""
+    """Whether a file is one of the real_paths() of some places, or lies below one."""
     real = Path(os.path.realpath(file))
-    return any(real.is_relative_to(place) for place in places)
+    return not places.isdisjoint(map(str, (real, *real.parents)))
 
 
 def files_left(folder, taken):

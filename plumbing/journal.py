@@ -144,8 +144,14 @@ def metrics_of(folder):
 
 
 def farewell(run):
-    """What to do next, and the run's warnings once more; its page before, where it has one."""
+    """What to do next, and the run's warnings once more; its page before, where it has one.
+
+    Results of another end, which this one does not have, go."""
     s, out = run.s, run.folder.path
+    made = {"predictions.json": run.data.test, "metrics.json": run.data.truth, "page.html": s.page}
+    for name in made:
+        if not made[name]:
+            (out / name).unlink(missing_ok=True)
     if s.page:
         run_extra(run, "viewer")
     say(f"to look at: {out}/page.html" if s.page else f"results: {out}")

@@ -178,10 +178,7 @@ def restore(run, stages, limits):
 
 
 def take_folder(run, stop, stages):
-    """Make the run's folder its own; a resumed one goes on in what lies there, without the results
-    of an end that it had."""
+    """Make the run's folder its own; a resumed one goes on in what lies there."""
     run.folder.open(stop)
     if run.s.resume and is_first():
-        for name in runs.AT_THE_END:
-            (run.folder.path / name).unlink(missing_ok=True)
         begin(run, run.folder.rows_until(run.at, stages))

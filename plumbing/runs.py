@@ -129,8 +129,8 @@ def guard(unsaved=""):
 
 # ---- The folder of a run ------------------------------------------------------------------------
 
-AT_THE_END = ("metrics.json", "predictions.json", "pseudo_labels.json", "detector.pt", "page.html")
-RESULTS = (*AT_THE_END, "representation.json")
+RESULTS = ("metrics.json", "predictions.json", "pseudo_labels.json", "detector.pt", "page.html",
+           "representation.json")
 # What else a run writes: over that of a run before, and not removed at the first save.
 OTHERS = ("checkpoint.pt", "config.json", "split.json", "videos.json", "log.jsonl")
 

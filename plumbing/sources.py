@@ -4,7 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from plumbing import forms, tables
-from plumbing.files import READERS, VIDEOS, files_in, files_left, is_hidden, lies_in
+from plumbing.files import (
+    READERS,
+    VIDEOS,
+    files_in,
+    files_left,
+    is_hidden,
+    lies_in,
+    real_paths,
+)
 from plumbing.settings import SPLITS
 from plumbing.toy import toy_videos
 from plumbing.words import BadInput, several, short, shown, warn
@@ -154,8 +162,7 @@ def labelled_share(chosen, s):
 
 def free_files(folder, chosen, s):
     """{id: file} of the feature files in a folder that no entry has."""
-    there = filter(os.path.exists, chosen.sources.values())
-    taken = set(map(os.path.realpath, there))  # behind links, too
+    taken = real_paths(chosen.sources.values())
     return {name: file for name, file in feature_ids(folder, s).items()
             if os.path.realpath(file) not in taken}
 
@@ -170,7 +177,7 @@ def other_files(folder, path, s):
     """[path within it] of the files of a folder that are no features and are not read either.
 
     path: of the annotations"""
-    read = [os.path.realpath(place) for place in (path, *given_files(s))]
+    read = real_paths([path, *given_files(s)])
     left = files_left(folder, feature_ids(folder, s).values())
     return [place for place in left if not lies_in(Path(folder, place), read)]
 
@@ -191,7 +198,7 @@ def take_files_without_entry(chosen, s):
                        f"{s.prefix}<id>{s.extension} without an annotation entry")
     if not named and (s.unlabelled_features == "none" or s.dataset in LAYOUTS):
         loose = {}
-    taken = set(map(os.path.realpath, loose.values()))
+    taken = real_paths(loose.values())
     hint = "" if named else ", which --unlabelled-features takes"
     left = {
         f"feature files without an entry{hint}": [

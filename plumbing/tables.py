@@ -10,14 +10,21 @@ Times are in seconds or h:mm:ss. Bad input raises BadInput: the file, the line a
 """
 import csv
 import io
-import os
 import re
 from itertools import groupby, takewhile
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 from plumbing import forms
-from plumbing.files import VIDEOS, files_in, files_left, lies_in, read_text, separator_of
+from plumbing.files import (
+    VIDEOS,
+    files_in,
+    files_left,
+    lies_in,
+    read_text,
+    real_paths,
+    separator_of,
+)
 from plumbing.words import BadInput, refuse, several, short, shown
 
 # What columns are called, in any letter case, by people, BORIS and ELAN: of several the first in
@@ -340,14 +347,14 @@ def unused(path, used=()):
 
     used: the folder's files that something else reads"""
     path = Path(path)
-    read = reader_of(path)
+    reader = reader_of(path)
     tracks = [file for _, file in files_in(path) if file.suffix.lower() == ".txt"]
-    real = [os.path.realpath(file) for file in used]
+    read = real_paths(used)
     left = files_left(path, {*tracks, *used})
-    others = [place for place in left if not lies_in(Path(path, place), real)]
+    others = [place for place in left if not lies_in(Path(path, place), read)]
     if others:
         yield f"{len(others)} files that are no *.txt of {path}: {several(others)}"
-    is_table = read is read_table or read is read_text_file and has_header(lines_of(path))
+    is_table = reader is read_table or reader is read_text_file and has_header(lines_of(path))
     names = open_table(path).unused if is_table else []
     if names:
         yield f"the column(s) {several(names)} of {path}"

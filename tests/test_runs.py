@@ -195,7 +195,7 @@ REFUSED = [
         (RESUME, ["--out", "other"], "--out"), (RESUME, ["--overwrite"], "--overwrite"))),
     *((words, change, [EVALUATE], words) for change, words in (
         (features(TESTED, np.transpose), "transposed|4 videos"),
-        (features(TESTED, lambda x: np.zeros((64, 4))), "is 4 wide|5|4 videos"),
+        (features(TESTED, lambda x: np.zeros((64, 4))), "has 4 channels|5|4 videos"),
         (users.all_of(features(["v12"], np.zeros_like), actions(["v12"], 0, label="new")),
          "v12|'new'|unknown"),
         (users.no_features("v12"), "v12|not found|--missing skip"))),
