@@ -672,8 +672,8 @@ def export_proposals(argv):
         trained.detector = Proposing(trained.detector)
         found, labelled = (proposals_of_files(trained, args.features) if new
                            else proposals_of_run(trained))
-        content = checkpoints.load(args.checkpoint, Settings)  # the annotations may have grown
-        labelled = content.get("labelled", labelled)
+        whole = checkpoints.load(args.checkpoint, Settings)  # the annotations may have grown
+        labelled = whole.get("labelled", labelled)
         if not labelled:
             warn([f"{args.checkpoint} does not say which videos were labelled, and so neither does "
                   f"{args.export_proposals}: take the checkpoint of the whole run"])

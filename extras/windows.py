@@ -239,8 +239,9 @@ def check_alike(first, other):
 def feature_targets(names, out, source, overwrite):
     """{name: the file that its features go to}; raises BadInput for one that must stay."""
     targets = {name: Path(out, f"{name}.npy") for name in names}
+    recordings = real_paths([source])
     for target in targets.values():
-        if lies_in(target, real_paths([source])):
+        if lies_in(target, recordings):
             raise BadInput(f"--out {out}: {target} would lie among the recordings of {source}")
         if target.exists() and not overwrite:
             raise BadInput(f"{target} exists (--overwrite replaces it)")
@@ -259,9 +260,9 @@ def keep_settings(path, made, targets):
     before = read_json(path, "file of settings") if path.exists() else {}
     if path.exists() and (not isinstance(before, dict) or made.keys() - before.keys()):
         raise BadInput(f"{path} does not say how features were made: give another --out")
-    others = [path.with_name(name) for name in (OF_WINDOWS, OF_VIDEOS) if name != path.name]
-    if kept and not path.exists() or others[0].exists():
-        raise BadInput(f"{kept[0] if kept else others[0]} exists, and no {path} says how features "
+    other = path.with_name(OF_VIDEOS if path.name == OF_WINDOWS else OF_WINDOWS)
+    if kept and not path.exists() or other.exists():
+        raise BadInput(f"{kept[0] if kept else other} exists, and no {path} says how features "
                        "there were made: give another --out")
     for name in made if kept else ():
         if name != "names" and before[name] != made[name]:
