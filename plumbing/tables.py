@@ -165,23 +165,29 @@ def id_of(recording):
     return path.stem if path.suffix.lower() in (*VIDEOS, ".eaf") else path.name
 
 
+def measure_of(row, key, names, where):
+    """The duration or the fps that a row says, None without; raises BadInput.
+
+    BORIS writes that of each player, and 0 frames a second of a sound."""
+    value = row.get(key, "").partition("|")[0]
+    of_sound = key == "fps" and "observation" in row and not value.strip("0.")
+    if value in UNKNOWN or of_sound:
+        return None
+    if ";" in value:
+        raise BadInput(f"{where} {shown(names[key])} is {shown(value)}: of several files played "
+                       "one after the other, whose times count on")
+    return forms.positive_number({names[key]: value}, [names[key]], where)
+
+
 def fill(entry, row, names, where):
     """Add what a row says to its video's entry, as forms.read_annotation() takes it.
 
     A row that has neither start nor end nor label says that the video is there. Raises BadInput.
     """
     for key in ("subset", "duration", "fps"):
-        value = row.get(key, "")
-        if key != "subset":
-            value = value.partition("|")[0]  # BORIS writes that of each player
-        of_sound = key == "fps" and "observation" in row and not value.strip("0.")
-        if value in UNKNOWN or of_sound:
+        value = row.get(key) if key == "subset" else measure_of(row, key, names, where)
+        if value in (None, *UNKNOWN):
             continue
-        if key != "subset":
-            if ";" in value:
-                raise BadInput(f"{where} {shown(names[key])} is {shown(value)}: of several files "
-                               "played one after the other, whose times count on")
-            value = forms.positive_number({names[key]: value}, [names[key]], where)
         if entry.setdefault(key, value) != value:
             raise BadInput(f"{where} {key} is {shown(value)}, in a row before {shown(entry[key])}:"
                            " it is the whole video's")
