@@ -22,7 +22,7 @@ import numpy as np
 
 from evaluate import assign, interpolated_ap, toolkits_tiou
 from icd import STATUS
-from plumbing import checks, forms
+from plumbing import checks, forms, tables
 from plumbing.files import check_replaced, read_json, write_json
 from plumbing.runs import guard
 from plumbing.settings import Parser, thresholds_of
@@ -602,7 +602,7 @@ def read_thresholds(path):
 
 def judge_pseudo_labels(folder, config, path):
     """pseudo_reliability() of a run against the annotations in a file; raises BadInput."""
-    annotations = forms.read_annotations(path)
+    annotations = tables.read_any(path)
     if config.get("one_class"):
         annotations = forms.as_one_class(annotations)
     hidden = {video: a for video, a in annotations.items() if a.annotated}
@@ -653,7 +653,7 @@ def analyse_files(args):
     """analysis_of() --pred against --gt; raises BadInput.
 
     Predictions whose label no annotation has are left out, as the warning says."""
-    annotations = forms.read_annotations(args.gt)
+    annotations = tables.read_any(args.gt)
     predictions = forms.read_predictions(args.pred)
     truth, _ = checks.truth_for(predictions, annotations, args.subset, args.gt)
     warn(checks.odd_predictions(predictions, truth, annotations))
@@ -734,7 +734,7 @@ def arguments_of(argv):
     parser.add_argument("--hidden", help="annotations of a run's unlabelled videos, against which "
                         "its pseudo labels are judged")
     parser.add_argument("--pred", help="predictions in ActivityNet's result format, without a run")
-    parser.add_argument("--gt", help="their ground truth in ActivityNet's annotation format")
+    parser.add_argument("--gt", help="their ground truth, in a form that --dataset has")
     parser.add_argument("--subset", help="of the ground truth (default: the predictions')")
     parser.add_argument("--tiou", help="thresholds (default: the run's, or 0.3:0.7:0.1)")
     parser.add_argument("--bins", choices=(*EDGES, "fifths"), help="groups of length, coverage and "

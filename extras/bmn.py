@@ -34,7 +34,7 @@ import data
 import evaluate
 import model
 import train
-from plumbing import checkpoints, forms
+from plumbing import checkpoints, forms, tables
 from plumbing.files import check_replaced, write_json
 from plumbing.inputs import Input
 from plumbing.listing import id_of
@@ -589,7 +589,7 @@ def read_proposals(path):
 
 def evaluate_proposals(path, annotations, subset):
     """AR at 1, 5, 10, 50 and 100 and the area, of a result file, in words; raises BadInput."""
-    wanted = forms.in_subset(forms.read_annotations(annotations), subset)
+    wanted = forms.in_subset(tables.read_any(annotations), subset)
     truth = {name: a.segments for name, a in wanted.items() if a.annotated and len(a.labels)}
     if not truth:
         raise BadInput(f"annotation file {annotations}: the subset {subset!r} holds no instance")

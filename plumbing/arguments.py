@@ -29,7 +29,7 @@ def settings_of(argv, kind):
         raise BadInput("--dataset must be an annotation file *.json, *.csv or *.tsv, a folder of "
                        f"label tracks or one of {', '.join(known)}, not {shown(dataset)}"
                        f"{nearest(dataset, known)}")
-    of_files = ("root", "annotations", "features", "unlabelled_features")
+    of_files = ("root", "annotations", "features", "unlabelled_features", "ignore_labels")
     idle = [settings.flag(name) for name in of_files if given.get(name) not in (None, "", "none")]
     if given.get("root") and dataset not in known:
         raise BadInput("--root is where a published dataset lies; your own has --dataset and "

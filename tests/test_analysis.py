@@ -554,6 +554,11 @@ def test_a_run_and_files_give_the_same_numbers(folder, capsys):
     assert analysis.main([str(word) for word in argv]) == 0
     assert "1 of 2 predictions are left out" in capsys.readouterr().err
     assert read_result(other)["predictions"] == 1  # "x" is in no annotation
+    (folder / "my.csv").write_text("video,start,end,label\nv,0,10,a\n")
+    table = ["--pred", files[1], "--gt", folder / "my.csv", "--out", folder / "of_table.json"]
+    assert analysis.main([str(word) for word in table]) == 0
+    assert read_result(folder / "of_table.json")["instances"] == 1
+    capsys.readouterr()
     change(folder / "predictions.json", lambda content: content["results"]["v"].pop())
     for words in (argv, [folder, "--bins", "thumos", "--tiou", "0.3:0.5:0.1", "--out", out]):
         assert analysis.main([str(word) for word in words]) == 0

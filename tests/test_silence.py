@@ -79,7 +79,8 @@ def test_an_empty_line_among_labels_of_frames_or_steps_is_refused(tmp_path):
     assert files.read_features(tmp_path / "v.csv", files.Reading(), "v").shape == (2, 2)
 
 
-@pytest.mark.parametrize("flag", ["--annotations", "--features", "--root", "--unlabelled-features"])
+@pytest.mark.parametrize("flag", ["--annotations", "--features", "--root", "--unlabelled-features",
+                                  "--ignore-labels"])
 def test_files_do_not_go_with_the_toy_data(own, capsys, flag):
     refused(["--check", flag, own / "own.json"], capsys, flag, "--dataset")
 
