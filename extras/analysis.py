@@ -23,6 +23,7 @@ import numpy as np
 from evaluate import assign, interpolated_ap, toolkits_tiou
 from icd import STATUS
 from plumbing import checks, forms, tables
+from plumbing.arguments import add_truth
 from plumbing.files import check_replaced, read_json, write_json
 from plumbing.runs import guard
 from plumbing.settings import Parser, thresholds_of
@@ -600,9 +601,11 @@ def read_thresholds(path):
                        f"(0, 1], not {shown(values)}") from None
 
 
-def judge_pseudo_labels(folder, config, path):
-    """pseudo_reliability() of a run against the annotations in a file; raises BadInput."""
-    annotations = tables.read_any(path)
+def judge_pseudo_labels(folder, config, args):
+    """pseudo_reliability() of a run against the annotations of --hidden; raises BadInput."""
+    path = args.hidden
+    ignored = args.ignore_labels or config.get("ignore_labels")
+    annotations = tables.read_any(path, ignored, args.fps or config.get("fps"))
     if config.get("one_class"):
         annotations = forms.as_one_class(annotations)
     hidden = {video: a for video, a in annotations.items() if a.annotated}
@@ -645,7 +648,7 @@ def analyse_run(args):
     edges = EDGES.get(args.bins or str(config.get("dataset")))
     analysis = analysis_of(truth, predictions, tious, edges, labelled)
     if args.hidden:
-        analysis["pseudo_labels"] = judge_pseudo_labels(folder, config, args.hidden)
+        analysis["pseudo_labels"] = judge_pseudo_labels(folder, config, args)
     return analysis
 
 
@@ -653,7 +656,7 @@ def analyse_files(args):
     """analysis_of() --pred against --gt; raises BadInput.
 
     Predictions whose label no annotation has are left out, as the warning says."""
-    annotations = tables.read_any(args.gt)
+    annotations = tables.read_any(args.gt, args.ignore_labels, args.fps)
     predictions = forms.read_predictions(args.pred)
     truth, _ = checks.truth_for(predictions, annotations, args.subset, args.gt)
     warn(checks.odd_predictions(predictions, truth, annotations))
@@ -734,7 +737,7 @@ def arguments_of(argv):
     parser.add_argument("--hidden", help="annotations of a run's unlabelled videos, against which "
                         "its pseudo labels are judged")
     parser.add_argument("--pred", help="predictions in ActivityNet's result format, without a run")
-    parser.add_argument("--gt", help="their ground truth, in a form that --dataset has")
+    add_truth(parser, required=False)
     parser.add_argument("--subset", help="of the ground truth (default: the predictions')")
     parser.add_argument("--tiou", help="thresholds (default: the run's, or 0.3:0.7:0.1)")
     parser.add_argument("--bins", choices=(*EDGES, "fifths"), help="groups of length, coverage and "
@@ -746,6 +749,8 @@ def arguments_of(argv):
         parser.error("give either the folder of a run, or --pred and --gt")
     if args.hidden and not args.run:
         parser.error("--hidden goes with the folder of a run")
+    if (args.fps or args.ignore_labels) and not (args.hidden or args.gt):
+        parser.error("--fps and --ignore-labels are of --gt or --hidden")
     return args
 
 

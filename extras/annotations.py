@@ -79,7 +79,7 @@ def regions_of(task):
 def labels_of(value):
     """The labels that a region's value has for a time; None of a box, a text, a choice."""
     kinds = [kind for kind in ("timelinelabels", *IN_SECONDS) if kind in value]
-    if not kinds or not {"ranges", "start"} & value.keys():
+    if not kinds or not {"ranges", "start"} & value.keys() or "text" in value:
         return None
     return value[kinds[0]] or [None]
 
@@ -112,7 +112,7 @@ def from_label_studio(tasks, fps, where):
     return forms.read_each(named, partial(read_task, fps=fps), where)
 
 
-def odd_tasks(tasks, where):
+def odd_tasks(tasks, fps, where):
     """Yield warnings about what is left out of tasks that can be read."""
     many = [recording_of(task, where) for task in tasks if len(given_of(task)) > 1]
     if many:
@@ -122,6 +122,8 @@ def odd_tasks(tasks, where):
     if any(OF_SERIES in region["value"] for region in regions):
         yield (f"{where}: times in a time series are taken as seconds from its first row, whatever "
                "its column of time counts")
+    if fps and not any("ranges" in region["value"] for region in regions):
+        yield f"{where}: its times are in seconds: --fps is not used"
     kinds = [region.get("type") for region in regions if labels_of(region["value"]) is None]
     if kinds:
         yield (f"{where}: {len(kinds)} regions have no label of a time and are left out, of the "
@@ -193,7 +195,8 @@ def convert(path, fps):
         reason = short(f"{type(error).__name__} {error}")
         raise BadInput(f"{where} is not as {tool} writes it ({reason})") from None
     forms.annotations_of(entries, "", 0, where)  # raises what reading it would
-    warn(odd_regions(content, fps, where) if tool == "VIA" else odd_tasks(content, where))
+    odd = odd_regions if tool == "VIA" else odd_tasks
+    warn(odd(content, fps, where))
     return entries
 
 

@@ -21,7 +21,7 @@ nor the paper's.
 """
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -35,13 +35,14 @@ import evaluate
 import model
 import train
 from plumbing import checkpoints, forms, tables
+from plumbing.arguments import ARGUMENTS, add_truth
 from plumbing.files import check_replaced, write_json
 from plumbing.inputs import Input
-from plumbing.listing import id_of
+from plumbing.listing import videos_of
 from plumbing.processes import means_of_all
 from plumbing.runs import guard
 from plumbing.settings import Nothing, NotNegative, Parser, Width, parser_of
-from plumbing.sources import files_of_videos, whole_paths
+from plumbing.sources import whole_paths
 from plumbing.words import BadInput, say, several, warn
 
 GROUPS = 4  # of the grouped convolutions [B]
@@ -587,18 +588,19 @@ def read_proposals(path):
     return forms.read_each(forms.read_results(path, what)["results"], read, f"{what} {path}")
 
 
-def evaluate_proposals(path, annotations, subset):
-    """AR at 1, 5, 10, 50 and 100 and the area, of a result file, in words; raises BadInput."""
-    wanted = forms.in_subset(tables.read_any(annotations), subset)
+def evaluate_proposals(args):
+    """AR at 1, 5, 10, 50 and 100 and the area, of --proposals, in words; raises BadInput."""
+    annotations = tables.read_any(args.gt, args.ignore_labels, args.fps)
+    wanted = forms.in_subset(annotations, args.subset)
     truth = {name: a.segments for name, a in wanted.items() if a.annotated and len(a.labels)}
     if not truth:
-        raise BadInput(f"annotation file {annotations}: the subset {subset!r} holds no instance")
-    proposals = read_proposals(path)
+        raise BadInput(f"annotation file {args.gt}: the subset {args.subset!r} holds no instance")
+    proposals = read_proposals(args.proposals)
     without = [name for name in truth if name not in proposals]
     if without:
         told = f"{len(without)} of {len(truth)} test videos have no proposal: {several(without)}"
         if len(without) == len(truth):
-            raise BadInput(f"prediction file {path}: {told}")
+            raise BadInput(f"prediction file {args.proposals}: {told}")
         warn([told])
     result = average_recall(truth, proposals)
     at = [f"AR@{n} {100 * result['average_recall'][n - 1]:.2f}" for n in (1, 5, 10, 50, 100)]
@@ -624,6 +626,7 @@ def proposals_of_run(trained):
     trained  an evaluate.Localizer of Proposing"""
     dataset = data.training_data(trained.s)
     warn(dataset.warnings)
+    dataset = replace(dataset, mean=trained.mean, std=trained.std)  # of the run: files may be new
     labelled = [data.blind(video) for video in dataset.labelled]
     videos = labelled + dataset.unlabelled + dataset.test
     records = evaluate.detect(trained.detector, videos, dataset, trained.s)
@@ -631,12 +634,11 @@ def proposals_of_run(trained):
     return evaluate.export(videos, records, columns, {}), [video.id for video in labelled]
 
 
-def proposals_of_files(trained, path):
+def proposals_of_files(trained, args):
     """({id: proposals}, []) of a new video's feature file, or of a folder of them."""
     found = {}
-    for place, file in files_of_videos(path).items():
-        name = id_of(place, trained.s)
-        segments, _, scores = trained(file, name=name)
+    for name, video in videos_of(trained, args).items():
+        segments, _, scores = trained.find(video)
         found[name] = [{"score": score, "segment": segment}
                        for score, segment in zip(scores.tolist(), segments.tolist())]
     return found, []
@@ -650,6 +652,7 @@ EXPORT = {
     "checkpoint": (str, "a run's folder, its checkpoint.pt or detector.pt"),
     "features": (str, "new videos' feature file or folder, in place of the run's own videos; with "
                  "--dataset, where its features lie now"),
+    "duration": ARGUMENTS["duration"],
 }
 
 
@@ -665,12 +668,12 @@ def export_proposals(argv):
         check_replaced(args.export_proposals, '"external_data": {}, "labelled"',
                        "file of proposals")
         new = "features" in given and not given.keys() & {*moved}
-        own = ("export_proposals", "checkpoint", *(["features"] if new else []))
+        own = ("export_proposals", "checkpoint", *(["features", "duration"] if new else []))
         changes = {name: value for name, value in given.items() if name not in own}
         changes["min_score"] = 0.0  # what is no action is needed too
         trained = evaluate.Localizer(args.checkpoint, Settings, **whole_paths(changes))
         trained.detector = Proposing(trained.detector)
-        found, labelled = (proposals_of_files(trained, args.features) if new
+        found, labelled = (proposals_of_files(trained, args) if new
                            else proposals_of_run(trained))
         whole = checkpoints.load(args.checkpoint, Settings)  # the annotations may have grown
         labelled = whole.get("labelled", labelled)
@@ -688,11 +691,10 @@ def show_proposals(argv):
     """The command line with --proposals; returns the exit code, 2 for bad input."""
     parser = Parser(__name__, prog=Settings.EVALUATE)
     parser.add_argument("--proposals", required=True, help="predictions.json of a run")
-    parser.add_argument("--gt", required=True, help="annotation file")
+    add_truth(parser, required=True)
     parser.add_argument("--subset", default="validation", help="its test videos")
     with guard() as stop:
-        args = parser.parse_args(argv)
-        say(evaluate_proposals(args.proposals, args.gt, args.subset))
+        say(evaluate_proposals(parser.parse_args(argv)))
     return stop.code
 
 

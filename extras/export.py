@@ -202,6 +202,8 @@ def write_export(run, path):
     path = Path(path)
     check_kind(path)
     beside = path.with_suffix(".json")
+    if path.suffix == ".onnx":
+        check_replaced(path, "nms_sigma", "file that this wrote")
     if path.suffix == ".pt2":
         check_replaced(beside, '"nms_sigma"', f"file beside {path} that this wrote")
         if path.exists() and not beside.exists():
@@ -219,7 +221,7 @@ def write_export(run, path):
                        f"over {MOST:g}")
     write_atomically(path, lambda file: file.write(content))
     if path.suffix == ".pt2":
-        write_json(path.with_suffix(".json"), told, indent=1)
+        write_json(beside, told, indent=1)
     return largest
 
 

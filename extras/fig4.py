@@ -14,14 +14,14 @@ import acp
 import data
 import train
 from evaluate import forward
-from extras import bmn, pgcn, spot
+from extras import bmn, mean_teacher, pgcn, spot
 from plumbing import checkpoints
 from plumbing.files import read_json, write_json
 from plumbing.runs import guard
-from plumbing.settings import Parser
+from plumbing.settings import Parser, settings_from
 from plumbing.words import say
 
-OTHERS = (bmn.Settings, pgcn.Settings, spot.Settings)  # of other detectors
+OTHERS = (mean_teacher.Settings, bmn.Settings, pgcn.Settings, spot.Settings)  # of other detectors
 MOST = 25  # videos whose steps are shown
 
 
@@ -35,7 +35,7 @@ def read_run(folder):
     others = [kind for kind in OTHERS if kind.__annotations__.keys() <= config.keys()]
     kind = others[0] if others else train.Settings
     checkpoint = checkpoints.load(folder / "checkpoint.pt", kind)
-    s = kind(**checkpoint["settings"])
+    s = settings_from(checkpoint["settings"], kind, f"checkpoint in {folder}")
     dataset = data.training_data(s)
     after = s.build(dataset.dim, len(dataset.classes)).to(s.device)
     after.load_state_dict(checkpoint["detector"])

@@ -64,10 +64,11 @@ def average_of(folder):
     return read_object(folder / "metrics.json")["average_mAP"]
 
 
-def resampled(folders):
+def resampled(folders, seed=0):
     """Average mAP of finished runs, each on the same RESAMPLES draws of test videos.
 
     folders  one a seed, which share their test videos; raises BadInput if not
+    seed     of the draws: other data sets are drawn apart
     ->       (S, R)"""
     averages = []
     tious = {tuple(read_thresholds(folder / "metrics.json")) for folder in folders}
@@ -82,20 +83,21 @@ def resampled(folders):
             raise BadInput(f"{folder} and {folders[0]} have other test videos, or other "
                            "annotations of them")
         pairs = paired(truth, predictions, *tious)
-        drawn = np.random.default_rng(0).multinomial(
+        drawn = np.random.default_rng([0, seed]).multinomial(
             len(truth), np.full(len(truth), 1 / len(truth)), size=RESAMPLES)  # (R, V)
         averages.append(average_mAPs(pairs, drawn))
     return np.stack(averages)
 
 
-def resampled_difference(averages, others):
+def resampled_difference(averages, others, seed=0):
     """The mean of averages - others on each draw of test videos and seeds, with replacement.
 
     averages, others  (S, R), as resampled() has them, of the same seeds
+    seed              of the draws of seeds, as resampled() has it
     ->                (R,)"""
     differences = averages - others
     seeds, resamples = differences.shape
-    drawn = np.random.default_rng(1).integers(seeds, size=(seeds, resamples))
+    drawn = np.random.default_rng([1, seed]).integers(seeds, size=(seeds, resamples))
     return np.take_along_axis(differences, drawn, axis=0).mean(0)
 
 
@@ -110,8 +112,10 @@ def interval_text(difference, values):
     return f"{100 * difference:+.1f} ({low:.1f} to {high:.1f})"
 
 
-def compare(ones, others):
-    """By how much some runs are better than others of the same seeds: the mean, and (R,) values."""
+def compare(ones, others, number):
+    """By how much some runs are better than others of the same seeds: the mean, and (R,) values.
+
+    number  of their data set, which is drawn apart from others"""
     if len(ones) != len(others):
         raise BadInput(f"{len(ones)} runs are compared with {len(others)}: name a run of each seed "
                        "on either side")
@@ -119,7 +123,8 @@ def compare(ones, others):
     if seeds != other or len(set(seeds)) < len(seeds):
         raise BadInput(f"runs are compared seed by seed, a run a seed: {several(seeds)} with "
                        f"{several(other)}")
-    values = resampled_difference(*np.split(resampled([*ones, *others]), 2))
+    averages = np.split(resampled([*ones, *others], number), 2)
+    values = resampled_difference(*averages, number)
     return statistics.mean(average_of(a) - average_of(b) for a, b in zip(ones, others)), values
 
 
@@ -132,7 +137,8 @@ def main(argv=None):
         sides = [[Path(name) for name in side.split(",")] for side in parser.parse_args(argv).runs]
         if len(sides) % 2:
             raise BadInput("runs are compared in pairs: an even number of sides")
-        found = [compare(*pair) for pair in zip(sides[::2], sides[1::2])]
+        pairs = zip(sides[::2], sides[1::2])
+        found = [compare(*pair, number) for number, pair in enumerate(pairs)]
         for side, (difference, values) in zip(sides[::2], found):
             print(f"{side[0]}: {interval_text(difference, values)}")
         differences, values = zip(*found)

@@ -148,8 +148,9 @@ class Settings(bmn.Settings):
 
     PRESET = bmn.Settings.PRESET | {"alqa": "none", "acp": "none", "acp_after": "none"}
     TRAIN = EVALUATE = "python -m extras.mean_teacher"
-    UNUSED = (*bmn.Settings.UNUSED, "theta_l", "threshold", "theta_fixed", "scope",
-              "exclusive", "rerank", "icd", "theta_drop", "theta_mine", "rejected", "lambda_u",
+    UNUSED = (*bmn.Settings.UNUSED, "theta_l", "threshold", "theta_fixed", "scope", "repeat",
+              "exclusive", "rerank", "icd", "icd_hidden", "icd_dropout", "icd_lr", "icd_score",
+              "icd_pairs", "icd_pool", "theta_drop", "theta_mine", "rejected", "lambda_u",
               "refresh")
 
     def epochs(self):

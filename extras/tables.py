@@ -40,7 +40,7 @@ from plumbing.arguments import settings_of
 from plumbing.files import files_in, read_json, read_rows, write_json
 from plumbing.runs import guard
 from plumbing.settings import Parser, settings_of_stages
-from plumbing.words import BadInput, say, several
+from plumbing.words import BadInput, say, several, warn
 
 # ---- The rows -----------------------------------------------------------------------------------
 
@@ -243,6 +243,27 @@ def minutes_of(folder):
     return read_json(folder / "finished.json", "end of a run")["minutes"]
 
 
+def code_of():
+    """A sum of the code that trains."""
+    home = Path(train.__file__).parent
+    digest = hashlib.sha256()
+    for folder in (home, home / "plumbing", home / "extras"):
+        for file in sorted(folder.glob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def old_runs(runs):
+    """Yield a warning about finished runs in a folder that other code has trained."""
+    code = code_of()
+    found = sorted(runs.glob("*/finished.json"))
+    other = [path.parent.name for path in found
+             if read_json(path, "end of a run").get("code") != code]
+    if other:
+        yield (f"{runs} holds {len(other)} runs that other code has trained, and rows take them as "
+               f"they are: {several(other)}; another --runs trains them anew")
+
+
 def kind_of(table):
     """The class of the settings of a table's rows, which build their detector."""
     detectors = {"bmn": bmn.Settings, "S8": pgcn.Settings, "spot": spot.Settings,
@@ -285,7 +306,7 @@ def stage_before(stage, s):
 
 
 def finish_run(argv, folder, start, minutes, kind):
-    """Train in a folder, or go on in it; leaves, last of all, "finished.json", {"minutes"}.
+    """Train in a folder, or go on in it; leaves, last of all, "finished.json".
 
     start    the checkpoint to begin at, None for none
     minutes  that its earlier stages took"""
@@ -303,7 +324,7 @@ def finish_run(argv, folder, start, minutes, kind):
         raise SystemExit(code)
     if minutes is not None:
         minutes += (time.time() - began) / 60
-    write_json(folder / "finished.json", {"minutes": minutes})
+    write_json(folder / "finished.json", {"minutes": minutes, "code": code_of()})
 
 
 def is_finished(folder):
@@ -841,8 +862,9 @@ def parse_seeds(text):
             seeds = list(range(int(text)))
     except ValueError:
         seeds = []
-    if not seeds or min(seeds) < 0:
-        raise BadInput(f"--seeds must be how many, or a list with commas, not {text!r}")
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise BadInput("--seeds must be how many, or a list with commas, each once, not "
+                       f"{text!r}")
     return seeds
 
 
@@ -855,7 +877,8 @@ def command_of(options, seed, splits):
 
 def check_data(args, options):
     """Raise BadInput where the data has no videos to judge a row by; options: of the first seed."""
-    d = data.training_data(settings_of([*options, "--audit"], kind_of(args.tables[0])))
+    first = next(table for table in args.tables if table != "S6")
+    d = data.training_data(settings_of([*options, "--audit"], kind_of(first)))
     if not d.truth:
         raise BadInput("a table needs test videos with annotations: without them there is no mAP")
     bare = [video.id for video in d.unlabelled if video.id not in d.hidden]
@@ -893,7 +916,10 @@ def parse(argv):
             s = settings_of([*options, *more.split()], kind_of(table))
             if s.test_subset == "none":
                 raise BadInput("a table needs test videos: --test-subset none has no mAP")
-    if args.tables != ["S6"]:
+    if set(args.tables) == {"S6"}:
+        if options:
+            raise BadInput(f"table S6 trains nothing: {' '.join(options)} would not be used")
+    else:
         check_data(args, command_of(options, args.seeds[0], args.splits))
     return args, options
 
@@ -914,6 +940,7 @@ def make_tables(args, options):
     commands = [command_of(options, seed, args.splits) for seed in args.seeds]
     seeds = ", ".join(map(str, args.seeds))
     report = []
+    warn(old_runs(args.runs))
     for table in args.tables:
         if table == "S6":
             complexity_table()

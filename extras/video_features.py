@@ -133,7 +133,7 @@ def make_features(s):
     files = files_of_videos(s.videos, [kind for kind in VIDEOS if kind not in SOUNDS])
     targets = {name: Path(s.out, f"{name}.npy") for name in files}
     todo = [name for name in files if not targets[name].exists()]
-    network, prepare = load_network(s, models)
+    network, prepare = load_network(s, models) if todo else (None, None)
     keep_settings(Path(s.out, OF_VIDEOS), how_made(s), [targets[name] for name in todo])
     say(f"{len(files)} videos, {len(files) - len(todo)} have their features already")
     faults = {}

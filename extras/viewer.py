@@ -31,6 +31,7 @@ from icd import STATUS
 from plumbing.files import (
     VIDEOS,
     check_replaced,
+    files_in,
     read_features,
     read_json,
     read_rows,
@@ -417,7 +418,7 @@ def recordings_of(videos, folder, page):
 
     Raises BadInput where it has none of the videos."""
     folder = Path(folder)
-    listed = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in VIDEOS]
+    listed = [file for _, file in files_in(folder) if file.suffix.lower() in VIDEOS]
     listed.sort(key=lambda file: -VIDEOS.index(file.suffix.lower()))  # the last counts: .mp4
     files = {}
     for file in listed:

@@ -93,6 +93,13 @@ ARGUMENTS = {
 }
 
 
+def add_truth(parser, required):
+    """Add to a parser what says which annotations predictions are judged by."""
+    parser.add_argument("--gt", required=required, help=ARGUMENTS["gt"][1])
+    parser.add_argument("--fps", type=float, default=0, help="frames a second of label tracks")
+    parser.add_argument("--ignore-labels", default="", help="labels that do not count, with commas")
+
+
 def mode_of(args):
     """Which mode of evaluation the arguments ask for."""
     moved = args.dataset or args.annotations or args.root  # then --features is the run's own, too

@@ -476,6 +476,14 @@ def test_an_interval_holds_the_middle_of_resampled_seeds_and_videos():
         np.percentile((one - other)[0], MIDDLE))  # one seed: the videos alone
 
 
+def test_seeds_of_unrelated_data_sets_are_drawn_apart():
+    rising = np.repeat(np.arange(1.0, 6.0)[:, None], 1000, axis=1)
+    both = [resampled_difference(sign * rising, 0 * rising, seed)
+            for seed, sign in enumerate((1, -1))]
+    low, high = interval(np.mean(both, 0))
+    assert low < -0.5 and high > 0.5  # [0, 0] where a seed of one is drawn with that of the other
+
+
 # ---- The command --------------------------------------------------------------------------------
 
 def entry(a, **more):
@@ -558,6 +566,9 @@ def test_a_run_and_files_give_the_same_numbers(folder, capsys):
     table = ["--pred", files[1], "--gt", folder / "my.csv", "--out", folder / "of_table.json"]
     assert analysis.main([str(word) for word in table]) == 0
     assert read_result(folder / "of_table.json")["instances"] == 1
+    assert analysis.main([str(word) for word in (*table, "--ignore-labels", "a")]) == 2
+    assert "no instance" in capsys.readouterr().err
+    assert analysis.main([str(folder), "--fps", "9"]) == 2
     capsys.readouterr()
     change(folder / "predictions.json", lambda content: content["results"]["v"].pop())
     for words in (argv, [folder, "--bins", "thumos", "--tiou", "0.3:0.5:0.1", "--out", out]):

@@ -54,7 +54,11 @@ def test_tables_share_stages_resume_and_print_markdown(tabled, capsys, monkeypat
     assert Counter(calibrated) == {"supervised": 2 * 4}  # stage 3 leaves no video held out
     monkeypatch.setattr(train, "main", None)  # nothing is trained again
     assert tables.main(["3a", "3b", *table_argv(tabled)]) == 0
-    assert cells(capsys.readouterr().out) == rows
+    told = capsys.readouterr()
+    assert cells(told.out) == rows and "other code" not in told.err
+    monkeypatch.setattr(tables, "code_of", lambda: "later")
+    assert tables.main(["3a", *table_argv(tabled)]) == 0
+    assert f"{len(made)} runs that other code has trained" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
@@ -79,7 +83,8 @@ def test_a_killed_shared_stage_goes_on_under_another_row(tabled, tmp_path):
 
 @pytest.mark.parametrize("words", [
     "7", "3a --no-such-setting 1", "3a --splits absent.json", "3a --start x.pt", "3a --seeds 0",
-    "3a --seeds -1", "3a --seeds ,", "3a --seeds x"])
+    "3a --seeds -1", "3a --seeds ,", "3a --seeds x", "3a --seeds 0,0",
+    "S6 --no-such-setting 1"])
 def test_tables_refuse_what_they_do_not_know(own, capsys, words):
     table, *more = words.split()
     assert tables.main([table, *table_argv(own, *more)]) == 2

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from extras import bmn, mean_teacher, tables
+from extras import bmn, fig4, mean_teacher, tables
 from tests.helpers import finished, read_result, same, weights
 from tests.test_bmn import TINY, argv_of, small
 from tests.test_extras import table_argv
@@ -107,6 +107,7 @@ def test_a_run_its_page_a_new_video_and_that_it_goes_on_where_it_was_killed(whol
     assert any("consistency" in row for row in log)
     assert read_result(whole / "run/pseudo_labels.json") == {}
     look_into(main, mean_teacher.Settings, whole, tmp_path / "found.json")
+    assert type(fig4.read_run(whole / "run")[0]) is mean_teacher.Settings
     argv = teacher_argv(whole, "--out", tmp_path / "run")
     kill, code, _ = ENDS["SIGTERM"]  # amid an epoch of stage 3
     assert stopped(lambda: mean_teacher.main(argv), tmp_path / "stderr", kill, STEP, 17) == code
