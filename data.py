@@ -21,6 +21,7 @@ from plumbing.settings import (
     Count,
     FileSettings,
     Flag,
+    Frames,
     NotNegative,
     OneOf,
     Share,
@@ -40,10 +41,10 @@ class DataSettings(FileSettings):
     """The grid, splits, crops and batches. [S] the paper, [A] the public ActionFormer, [J] neither.
     """
     since = "pretrain"
-    stride: NotNegative(
+    stride: Frames(
         "frames between two features; 0: every video is cut into as many as it has") = 1.0
-    frames: NotNegative("frames that a feature sees") = 1.0
-    fps: NotNegative("frames a second; 0: from the annotation") = 0.0
+    frames: Frames("frames that a feature sees") = 1.0
+    fps: Frames("frames a second; 0: from the annotation") = 0.0
     train_subset: Text("subset of the training videos, in any letter case") = "training"
     unlabelled_subset: Text("subset of more training videos, whose labels are not read") = ""
     ignore_labels: Text("labels that neither teach nor count, with commas") = ""
@@ -56,7 +57,8 @@ class DataSettings(FileSettings):
     standardize: Flag("standardise the input over all training videos [J]") = True
     ratio: Share(
         "share of the annotated training videos that are labelled [S: 0.1, 0.2, 0.4, 0.6]; 0: all "
-        "of own data or where others have no annotations, 0.1 otherwise and with --split") = 0.0
+        "of own data, or if some training videos lack annotations, otherwise, and with --split, "
+        "0.1") = 0.0
     seed: Whole("seed of everything: split, weights, batches, toy data") = 0
     max_steps: WholePositive("longest crop in training, in steps [A]") = 2304
     crop_min: Share("shortest crop, as a share of the video [A]") = 0.9
@@ -72,10 +74,6 @@ class DataSettings(FileSettings):
         if self.ext_scores and not self.one_class:
             raise BadInput("setting ext_scores gives classes to a detector without: it needs "
                            "--one-class")
-        for name in ("fps", "stride", "frames"):
-            value = getattr(self, name)
-            if 0 < value < 1e-6:
-                raise BadInput(f"setting {name} must be 0 or at least 1e-6, but is {value}")
         if self.ratio and self.split not in SPLITS:
             raise BadInput(f"the split file {short(self.split, 200)} names the labelled videos: it "
                            "does not go with --ratio")
@@ -106,7 +104,7 @@ OWN = {  # a user's own data; bfloat16 saves nothing in narrow layers
     "channels": 128, "windows": "9", "precision": "float32",
     "input_dropout": 0.3, "input_jitter": 0.5,
     "lr": 1e-3, "supervised_steps": 400, "joint_epochs": 10, "passes": 8,
-    "acp": "none", "acp_after": "none",  # its gain goes from 5 points up to 5 down
+    "acp": "none", "acp_after": "none",  # its gain goes from 1 point up to 4 down
     "icd_pool": "mean", "icd_score": "relative", "theta_drop": -0.2, "theta_mine": 0.2,
     "threshold": "mean-std", "scope": "class", "exclusive": True, "icd": "eap",
 }
@@ -130,9 +128,8 @@ PAPER = {
 def preset(dataset, paper=False):
     """What --dataset changes, and --paper; a published data set keeps its own scope."""
     chosen = PRESETS.get(dataset, OWN)
-    if paper and dataset in PRESETS and dataset != "toy":
-        return PAPER | chosen
-    return chosen | (PAPER if paper else {})
+    changes = PAPER if paper else {}
+    return changes | chosen if dataset in sources.LAYOUTS else chosen | changes
 
 
 # ---- Records: dicts of tensors about the same N segments ----------------------------------------
@@ -300,7 +297,7 @@ def training_data(s):
 
     labelled = label(names)
     unlabelled = sorted(train.keys() - set(names))
-    hidden = label(chosen.annotated.keys() - set(names)) if s.audit else []
+    hidden = label(filter(chosen.annotated.__contains__, unlabelled)) if s.audit else []
     present = {classes[number] for video in labelled for number in video.labels}
     mean, std = map(torch.from_numpy, statistics([sums[name] for name in train]))
     if not s.standardize:
@@ -351,7 +348,8 @@ def crop_segments(segments, video, start, length, keep):
 
 
 def draw_crop(video, s, rng):
-    """A random window (start, length): at most s.max_steps, at least s.crop_min of the video.
+    """A random window (start, length): s.max_steps, of a video no longer than that s.crop_min or
+    more of it.
 
     A labelled video tries s.crop_tries windows for one that holds an action (ActionFormer's
     crop), an unlabelled one takes the first: its crop cannot see labels."""
@@ -416,10 +414,10 @@ def collate(items):
 def plan_batches(videos, s, steps, size, rng):
     """`steps` batches of `size` pairs (index of a video, seed of its crop).
 
-    Videos of like length share a batch, which saves padding: in each pass over all videos they
-    are sorted by their length, randomly changed by a factor of about exp(+-s.length_noise), and
-    cut into batches. Where the last would be short, two neighbours overlap, anywhere; fewer
-    videos than `size` are repeated."""
+    Videos of like length share a batch (not in the paper), which saves padding: in each pass over
+    all videos they are sorted by their length, randomly changed by a factor of about
+    exp(+-s.length_noise), and cut into batches. Where the last would be short, two neighbours
+    overlap, anywhere; fewer videos than `size` are repeated."""
     length = np.log([min(video.steps, s.max_steps) for video in videos])
     count = math.ceil(len(videos) / size)
     batches = []

@@ -185,13 +185,15 @@ def similarity(D, f, labels, bank):
     F_c are all labelled instances of the predicted class c. D is in eval mode.
     f       (N, D), pooled features of detections
     labels  (N,)
-    ->      (N,); NaN where the class has no labelled instance"""
-    s = f.new_zeros(len(f))
+    ->      (N,); NaN (not given in the paper) where fewer than two instances of the class are
+            labelled, or none of another: of such a class D has seen pairs of one kind alone"""
+    s = torch.full_like(f[:, 0], torch.nan)
     W_a_f, W_b_bank = D.W_a(f), W_b_of(D, bank)
     for c in labels.unique():
-        i = labels == c
         j = bank["labels"] == c  # f_j in F_c
-        s[i] = D.mean(W_a_f[i], W_b_bank[j])
+        if len(bank["keys"][j].unique()) > 1 and not j.all():
+            i = labels == c
+            s[i] = D.mean(W_a_f[i], W_b_bank[j])
     return s
 
 
@@ -202,16 +204,16 @@ def own_minus_other(D, f, labels, bank):
     """The similarity to the predicted class less the largest to another, in [-1, 1].
 
     An answer to the paper's future work (Sec. 5): below 0 another class is more alike, whatever
-    the class, so that two thresholds serve all. What similarity() takes and gives; 0 is taken off
-    where there is no other class."""
-    own = f.new_full((len(f),), torch.nan)
-    other = f.new_zeros(len(f))
+    the class, so that two thresholds serve all. What similarity() takes and gives; of a class with
+    one labelled instance too, whose detections no class is like."""
+    own = torch.full_like(f[:, 0], torch.nan)
+    other = own.clone()
     W_a_f, W_b_bank = D.W_a(f), W_b_of(D, bank)
     for c in bank["labels"].unique():
         s_c = D.mean(W_a_f, W_b_bank[bank["labels"] == c])
         i = labels == c
         own[i] = s_c[i]
-        other[~i] = torch.maximum(other[~i], s_c[~i])
+        other[~i] = torch.fmax(other[~i], s_c[~i])
     return own - other
 
 

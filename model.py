@@ -455,7 +455,7 @@ class Detector(nn.Module):
         return Points(time.float(), 2.0 ** level, *self.ranges[level].T)
 
     def padded(self, T):
-        """The steps computed for T: the next multiple of the largest stride, plus one.
+        """The steps computed for T: a multiple of the largest stride, plus one.
 
         Every level must end in a step of padding, which the last valid step sees through the
         convolutions (as in the public ActionFormer: the LayerNorms have biases)."""

@@ -235,13 +235,20 @@ def test_eq_9_by_hand_and_eq_10_as_the_mean_over_labelled_instances_of_the_class
     of_class = torch.sigmoid(D(feats[[0, 0]], b["feats"][:2]))
     assert float(s[0]) == pytest.approx(float(of_class.detach().mean()), abs=1e-6)
     assert s[1].isnan()  # a class without labelled instances
+    assert s[2].isnan()  # with one: D has never seen it equal
+    b = bank([0, 0])
+    assert icd.similarity(D, feats, labels * 0, b).isnan().all()  # D has seen equal pairs alone
+    b = bank([0, 0, 2, 2])
+    assert not icd.similarity(D, feats, labels, b)[[0, 2]].isnan().any()
+    b["keys"][3] = b["keys"][2]  # of one segment, labelled twice
+    assert icd.similarity(D, feats, labels, b)[2].isnan()
     assert len(icd.similarity(D, feats[:0], labels[:0], b)) == 0
 
 
 def test_eap_drops_and_mpp_mines():
     D = discriminator([[1.0, 0.0]], [[1.0]], -10.0)  # its logit is a's feature less 10
     s = tensor([0.2, 0.5, 0.9, 0.8, 0.6, 0.9])
-    b = {"feats": torch.zeros(1, 1), "labels": tensor([0])}  # class 1 has no instance: NaN
+    b = {"feats": torch.zeros(3, 1), "labels": tensor([0, 0, 2]), "keys": torch.arange(3)}
     selected = {"segments": torch.arange(6.0)[:, None].expand(6, 2),
                 "labels": tensor([0, 0, 1, 0, 0, 1]), "positive": tensor([True] * 3 + [False] * 3)}
     before = dict(selected)

@@ -73,11 +73,11 @@ class PretrainSettings(evaluate.DetectionSettings):
     acp_restarts: Width("restarts of K-means [J]") = 10
     acp_tau: Positive("temperature tau [J]") = 0.1
     pretrain_epochs: CountOrNone("stage 1 [S]") = 15
-    lr: Positive("learning rate of AdamW [J], cosine decay [S]") = 1e-4
+    lr: Positive("learning rate, cosine decay [S], of AdamW [A]") = 1e-4
     weight_decay: NotNegative("of the matrices [S]") = 1e-4
-    warmup: Share("linear warm-up, as a share of a stage: 5 of 35 epochs [J]") = 0.14
-    clip: Positive("gradient norm [J]") = 1.0
-    ema: Share("decay of the averaged weights, at most (1 + t) / (10 + t) [J]") = 0.999
+    warmup: Share("linear warm-up, as a share of a stage: 5 of 35 epochs [A]") = 0.14
+    clip: Positive("gradient norm [A]") = 1.0
+    ema: Share("decay of the averaged weights [A], at most (1 + t) / (10 + t) [J]") = 0.999
     t_plus: Positive("start of the running mean T+ [A]") = 100.0
     icd_hidden: Width("hidden width of Eq. (9) [S, by Tab. S6]") = 128
     icd_dropout: Share("dropout of Eq. (9) [J]") = 0.5
@@ -108,7 +108,7 @@ class SupervisedSettings(settings.CheckedSettings):
                      "for thresholds around 0 (-0.2 and 0.2) [J]") = "absolute"
     icd_pairs: Width("instances of the same class and of others, Eq. (7) [S]") = 10
     icd_pool: OneOf(("max", "mean"), "pooling over time [S: max]") = "max"
-    supervised_epochs: Count("stage 2, warm-up included [J]") = 35
+    supervised_epochs: Count("stage 2, warm-up included [A]") = 35
     supervised_steps: CountOrNone("stage 2 has at least as many steps [J]") = 1500
 
 
@@ -124,15 +124,19 @@ class JointSettings(settings.CheckedSettings):
     theta_fixed: Share("theta_h of the fixed threshold [S]") = 0.3
     scope: OneOf(SCOPES, "what theta_h's statistics are over [J]") = "video"
     repeat: Share(
-        "tIoU to a better one of the class, over which one is removed; 1: none [J]") = 0.5
+        "a detection is removed whose tIoU with a better one of its class is over this; 1: "
+        "none [J]") = 0.5
     exclusive: Flag(
-        "to one of any class, if no labelled instances of two classes overlap so [J]") = False
+        "the same with a better one of any class, if repeat is below 1 and no labelled instances "
+        "of two classes overlap so [J]") = False
     rerank: Flag(
         "rerank by how far boundaries scatter, reconstructed from NPL [53] (Table 1) [J]") = False
     icd: OneOf(REFINEMENTS, "eap: drop ambiguous positives, mpp: mine candidates [S]") = "eap+mpp"
     theta_drop: Similarity("positives of a smaller similarity are dropped [S]") = 0.3
     theta_mine: Similarity("candidates of a larger similarity are mined [S]") = 0.7
-    rejected: OneOf(("masked", "background"), "what ALQA or ICD rejects [J]") = "masked"
+    rejected: OneOf(
+        ("masked", "background"),
+        "what ALQA or ICD rejects is left out of the loss, or is background [J]") = "masked"
     lambda_u: NotNegative("weight of L_unsup [S]") = 2.0
     joint_epochs: CountOrNone("stage 3 [S: 40 THUMOS14, 15 ActivityNet]") = 40
     refresh: CountOrNone("epochs between new pseudo labels; 0: made once [J]") = 0
@@ -160,7 +164,8 @@ class Settings(PretrainSettings, SupervisedSettings, JointSettings, settings.Run
                            "classes then: batch must be even, acp or acp_after none")
         if self.icd_score == "absolute" and self.theta_drop < 0:
             raise BadInput(f"setting theta_drop, {self.theta_drop:g}, drops nothing of absolute "
-                           "similarities, which are not negative (--theta-drop 0.3 is the paper's)")
+                           "similarities, which are not negative (the paper has --theta-drop 0.3 "
+                           "and --theta-mine 0.7)")
         if self.stage == "pretrain" and self.acp == "none":
             raise BadInput("setting stage pretrain trains nothing where the setting acp is none")
         if self.rerank and self.repeat == 1:
@@ -191,7 +196,8 @@ def objective(sup, unsup, s):
     L_x = 1 / T+ * sum_t [ L_cls + 1(t positive) * (lambda_reg * L_diou + lambda_quality *
     L_quality) ] + lambda_acp * L_acp.
     T+ is a running mean, begun at s.t_plus, of the number of positive points (the paper: of frames
-    inside actions), as in ActionFormer; batch_losses() keeps one for each kind of videos.
+    inside actions), much as in ActionFormer (a batch without any leaves it as it is);
+    batch_losses() keeps one for each kind of videos.
     sup, unsup  {"cls", "reg", "quality" (sums over points, the last two over positive ones),
                 "t_plus", "acp"}; unsup is None in stage 2, and where no video has a pseudo label
     ->          scalar"""
@@ -240,7 +246,7 @@ def batch_losses(run, batch, instances, kind):
     lam = 1.0
     if s.mixup and kind == "labelled":
         batch, lam = data.mixed(batch, s.mixup)
-    outputs = evaluate.forward(run.detector, batch, s)
+    outputs = model.forward(run.detector, batch, s)
     total = sum(x.detach().sum() for x in outputs.predictions())
     journal.check_finite(run, "output", total, batch["id"])
     instances = [{key: value.to(s.device) for key, value in r.items()} for r in instances]
@@ -401,7 +407,7 @@ def pretrain(run, rng):
     s = run.s
     videos = [data.blind(video) for video in run.data.labelled + run.data.unlabelled]
     for batch in batches_of(run, videos, rng):
-        pyramid = evaluate.forward(run.detector.pyramid, batch, s)
+        pyramid = model.forward(run.detector.pyramid, batch, s)
         feats = batch["feats"].to(s.device)
         L_acp = acp.acp_loss(pyramid, feats, None, len(run.data.classes), s, run.generator)
         advance(run, L_acp, {}, batch["ids"])
@@ -410,7 +416,7 @@ def pretrain(run, rng):
 def train_icd(run, batch):
     """One step of ICD's own optimiser on all instances of a batch's videos; returns the loss.
 
-    Every process does it all; with --icd none its similarities are reported alone."""
+    Every process does it all; with --icd none its similarities only stand in pseudo_labels.json."""
     mine = [i for i, name in enumerate(run.bank["videos"]) if name in batch["ids"]]
     with processes.one_draw(run.generator):
         L_icd = icd.icd_loss(run.discriminator, run.bank, mine, run.s.icd_pairs, run.generator)
@@ -480,8 +486,8 @@ def report_pseudo_labels(run, best=None):
 
 def joint(run, rng):
     """An epoch of stage 3, Fig. 1: detect on unlabelled videos, ALQA selects, ICD compares and
-    refines; labelled videos and pseudo labels teach. Pseudo labels are made as the first epoch
-    begins, and anew after every s.refresh epochs."""
+    refines; labelled videos and pseudo labels teach, videos without one do not (not in the paper).
+    Pseudo labels are made as the first epoch begins, and anew after every s.refresh epochs."""
     s, at, best = run.s, run.at, None  # best stays None where pseudo labels are not new
     fresh = not at.done  # an epoch from its start, not resumed amid it
     due = run.pseudo is None or (s.refresh and at.epoch % s.refresh == 0)
@@ -571,7 +577,7 @@ PSEUDO_LABEL = {  # what pseudo_labels.json says of each: by key, the column of 
 
 def finish(run):
     """Detect on the test videos with the weights of the last epoch; what a run leaves."""
-    s, d, out = run.s, run.data, run.folder.path
+    s, d = run.s, run.data
     run.trust = {"exclusive": not alqa.classes_share_segments(d.labelled, SAME)}
     if d.test:
         journal.report(run, {
@@ -581,7 +587,7 @@ def finish(run):
         return
     names = {"labels": d.classes, "status": icd.STATUS}
     pseudo = evaluate.export(d.unlabelled, run.pseudo, PSEUDO_LABEL, names)
-    files.write_json(out / "pseudo_labels.json", pseudo, indent=1)
+    files.write_json(run.folder.path / "pseudo_labels.json", pseudo, indent=1)
     resume.save_detector(run)
     journal.farewell(run)
 
@@ -613,7 +619,7 @@ def launch(s):
     warn(dataset.warnings)
     run = begin(s, dataset)
     checks.check_positives(run.detector, dataset, s)
-    # Of a restored pseudo label: a whole number below, or None, any number.
+    # What a restored pseudo label may hold: whole numbers below a limit; None: real ones.
     limits = dict.fromkeys(PSEUDO_LABEL.values()) | {
         "labels": len(dataset.classes), "status": len(icd.STATUS)}
     resume.restore(run, STAGES, limits)

@@ -34,15 +34,16 @@ def OneOf(choices, comment):
     return Annotated[str, comment, choices]
 
 
-def number(kind, least, most, words):
-    """A kind of numbers: type, limits, and how a message says them."""
-    return lambda comment: Annotated[kind, comment, least, most, words]
+def number(kind, least, most, words, tiny=0):
+    """A kind of numbers: type, limits, below which only 0 is left, and how a message says it."""
+    return lambda comment: Annotated[kind, comment, least, most, words, tiny]
 
 
 Share = number(float, 0, 1, "from 0 to 1")
 ShareBelow1 = number(float, 0, 0.999, "from 0 to 0.999")
 Similarity = number(float, -1, 1, "from -1 to 1")
 NotNegative = number(float, 0, 1e12, "not negative")
+Frames = number(float, 0, 1e12, "0 or at least 1e-6", 1e-6)
 Positive = number(float, 1e-12, 1e12, "positive")
 AtLeast1 = number(float, 1, 1e12, "at least 1")
 Finite = number(float, -1e12, 1e12, "finite")
@@ -81,8 +82,8 @@ def rule_for(f, value):
     if choices_of(f) and value not in choices_of(f):
         return f"one of {', '.join(choices_of(f))}"
     if kind in (int, float):
-        _, least, most, words = f.type.__metadata__
-        return "" if least <= value <= most else words
+        _, least, most, words, tiny = f.type.__metadata__
+        return "" if least <= value <= most and not 0 < value < tiny else words
     return ""
 
 

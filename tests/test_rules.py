@@ -180,7 +180,8 @@ def test_exclusive_drops_second_classes_only_where_the_labels_have_none(own):
 
 def test_relative_similarity_is_the_own_class_less_the_best_other_on_any_device():
     D = icd.Discriminator(4, 16, 0.5).eval()
-    bank = {"feats": torch.randn(5, 4), "labels": tensor([0, 0, 1, 2, 2])}
+    bank = {"feats": torch.randn(6, 4), "labels": tensor([0, 0, 1, 1, 2, 2]),
+            "keys": torch.arange(6)}
     feats, labels = torch.randn(4, 4), tensor([0, 1, 2, 3])  # no labelled instance of class 3
     s = icd.own_minus_other(D, feats, labels, bank)
     for i in range(3):
@@ -188,9 +189,10 @@ def test_relative_similarity_is_the_own_class_less_the_best_other_on_any_device(
         own = of_class.pop(i)
         assert float(s[i]) == pytest.approx(own - max(of_class), abs=1e-6)
     assert s[3].isnan()
-    one = {"feats": bank["feats"][:2], "labels": bank["labels"][:2]}
-    first = icd.similarity(D, feats[:1], labels[:1], one)
-    assert torch.equal(icd.own_minus_other(D, feats[:1], labels[:1], one), first)
+    few = {key: value[:3] for key, value in bank.items()}  # one of class 1
+    assert icd.own_minus_other(D, feats, labels, few).isnan().tolist() == [False] * 2 + [True] * 2
+    one = {key: value[:2] for key, value in bank.items()}
+    assert icd.own_minus_other(D, feats, labels * 0, one).isnan().all()
     steps = torch.arange(50.0)[:, None].expand(50, 2)  # a segment a step
     x = icd.features_of(torch.randn(50, 4) * 7 + 3, steps, "max", "relative")
     assert allclose(x.mean(0), torch.zeros(4), atol=1e-5)
