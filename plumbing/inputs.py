@@ -3,7 +3,7 @@ many times with noise."""
 import torch
 from torch import nn
 
-from plumbing.processes import draws_of_batch, own_draws
+from plumbing.processes import draws_of_batch, forked, own_draws
 
 # What features are standardised over: all videos, their own alone, or both side by side.
 VIEWS = ("all", "own", "both")
@@ -44,6 +44,10 @@ class Input(nn.Module):
         self.width = 2 * dim if s.input_view == "both" else dim
         self.dropout = nn.Dropout(s.input_dropout)
 
+    def is_noisy(self):
+        """Whether training sees noise."""
+        return self.s.input_jitter > 0 or self.s.input_dropout > 0
+
     def forward(self, x, mask):
         if self.training and self.s.input_jitter:
             x = jittered(x, self.s.input_jitter)
@@ -70,10 +74,10 @@ class Passes(nn.Module):
         self.training = network.training
 
     def forward(self, *batch):
-        if not self.count:
+        if not self.count or not self.network.input.is_noisy():
             return self.network(*batch)
         self.network.input.train()
-        with torch.random.fork_rng([]):  # of the CPU, which all processes share
+        with forked():
             each = [self.network(*batch) for _ in range(self.count)]
         self.network.input.train(self.training)
         means = [torch.stack(parts).mean(0) for parts in zip(*(o.predictions() for o in each))]

@@ -89,6 +89,11 @@ def draws_of_batch(shape, device="cpu", generator=None):
     return share_of(draws)
 
 
+def forked():
+    """torch's fork_rng(), of the generators that a process draws from: the CPU's, its device's."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
+
+
 @contextmanager
 def one_draw(generator=None, apart=False):
     """However many numbers torch draws within, one is drawn of `generator`, which seeds them.
@@ -97,8 +102,7 @@ def one_draw(generator=None, apart=False):
     generator  None: torch's own
     apart      each process gets its own numbers within, not the same ones"""
     seed = int(torch.randint(2 ** 62, (), generator=generator))
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
+    with forked():
         torch.manual_seed(seed + apart * process_rank())
         yield
 

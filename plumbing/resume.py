@@ -141,6 +141,10 @@ def check_run(content, run, stages, limits, where):
     for name, value in {"rows": [], "columns": [], "trust": None}.items():
         content.setdefault(name, value)  # which an older file has not
     if content.get("pseudo") is not None:
+        theirs = content["settings"]["weights"]
+        if theirs != run.s.weights:
+            raise BadInput(f"{where} has pseudo labels of its {theirs} weights: --weights "
+                           f"{run.s.weights} cannot go on from there; evaluate.py takes it")
         record = partial(checkpoints.sound_record, limits=limits)
         pattern["pseudo"] = dict.fromkeys([video.id for video in run.data.unlabelled], record)
     fits(content, pattern, where)

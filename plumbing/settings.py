@@ -175,7 +175,8 @@ class FileSettings(CheckedSettings):
     ext_scores: Text(
         "JSON of video-level scores from elsewhere, which name the classes of --one-class") = ""
     audit: Flag("report the pseudo labels' quality; reads hidden labels for this only") = False
-    weights: OneOf(("ema", "raw"), "weights that are reported first [J]") = "ema"
+    weights: OneOf(
+        ("ema", "raw"), "weights that make pseudo labels, and are reported first [J]") = "ema"
     device: Text("auto, cpu, cuda, ...") = "auto"
 
     def reading(self):

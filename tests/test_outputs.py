@@ -193,6 +193,7 @@ def test_a_run_begun_anew_has_no_figure_of_the_one_before(ran):
     (("--start", "run", "--init", "run", "--out", "new"), "--init"),
     (("--resume", "run", "--paper"), "--paper"),
     (("--resume", "run", "--stage", "supervised"), "is in the stage joint already"),
+    (("--resume", "run", "--weights", "raw"), "has pseudo labels of its ema weights"),
 ])
 def test_what_cannot_go_with_resume_is_refused(ran, capsys, more, words):
     argv = [str(ran / word) if word in ("run", "new") else word for word in more]
@@ -211,12 +212,6 @@ def test_a_resumed_run_knows_how_it_began(ran):
     assert read_result(ran / "second/config.json")["init"] == str(ran / "run/detector.pt")
     assert fig4.main([str(ran / "second")]) == 0
     assert read_result(ran / "second/representation.json")["before"] == before
-
-
-def test_averages_of_other_weights_are_not_compared(ran, capsys):
-    assert train.main(["--resume", str(ran / "run"), "--weights", "raw"]) == 0
-    assert "-> APL" not in capsys.readouterr().out
-    assert "supervised_mAP" not in read_result(ran / "run/metrics.json")
 
 
 def test_a_list_is_judged_by_the_weights_that_make_it(whole):

@@ -106,8 +106,11 @@ def test_many_passes_are_the_mean_of_looks_with_noise_and_leave_the_rest_alone()
         assert not allclose(one, alone, atol=1e-3)
     assert torch.equal(found[0].mask, plain.mask)
     quiet = small_detector()
+    quiet.register_forward_hook(lambda *_: looked.append(1))
+    looked = []
     outputs = (network(feats, mask) for network in (inputs.Passes(quiet, 2), quiet))
     assert allclose(*(out.cls_logits for out in outputs))
+    assert len(looked) == 2  # without noise one look is enough
 
 
 def test_the_input_draws_as_much_for_short_videos_as_for_long_ones():
