@@ -392,10 +392,7 @@ def load_item(video, data, s, rng=None):
     start, length = (0, video.steps) if rng is None else draw_crop(video, s, rng)
     x = read_steps(video, slice(start, start + length), len(data.mean))
     x = ((x - data.mean.to(x.dtype)) / data.std.to(x.dtype)).float()
-    if not x.isfinite().all():
-        step = int((~x.isfinite()).any(1).nonzero()[0, 0])
-        raise BadInput(f"video {short(video.id)}: feature file {video.source} is beyond float32 at "
-                       f"step {start + step}, standardised")
+    checks.check_float32(x, video, start)
     item = {"id": video.id, "video": video, "feats": x, "start": start}
     if isinstance(video, LabelledVideo):
         segments, inside = crop_segments(video.segments, video, start, length, s.crop_keep)

@@ -154,6 +154,18 @@ class Settings(PretrainSettings, SupervisedSettings, JointSettings, settings.Run
 
     preset = staticmethod(data.preset)  # what --dataset and --paper change
     TRAIN, EVALUATE = "python train.py", "python evaluate.py"  # this detector's commands
+    READ_WITH = {
+        "alqa none": "label_smoothing focal_alpha focal_gamma",
+        "alqa tiou diou tiou+tnd": "quality_form soft_label beta lambda_quality eps",
+        "acp coarse fine coarse+fine":
+            "acp_steps acp_clusters acp_restarts acp_tau acp_after pretrain_epochs",
+        "acp_after labelled labelled+unlabelled": "lambda_acp",
+        "threshold fixed frequency": "theta_fixed",
+        "threshold mean+std mean mean-std": "scope",
+        "icd eap eap+mpp": "theta_drop",
+        "icd mpp eap+mpp": "theta_mine",
+        "nms_agnostic True": "vote",
+    }
     FIRST = ("dataset", "features", "unlabelled_features", "stride", "frames", "fps", "ratio",
              "split", "seed", "channels", "stage", "out", "resume", "check")
 

@@ -525,6 +525,13 @@ class Settings(bmn.OtherSettings):
     TRAIN = EVALUATE = "python -m extras.spot"
     UNUSED = (*bmn.OtherSettings.UNUSED, "input_jitter", "input_view", "tnd_bias", "eps",
               "quality_form")
+    READ_WITH = bmn.OtherSettings.READ_WITH | {
+        "acp coarse fine coarse+fine": "acp_steps acp_clusters acp_restarts acp_tau acp_after",
+        "acp coarse fine coarse+fine pretext": "pretrain_epochs",
+        "pseudo labels": "theta_l threshold theta_fixed scope repeat exclusive rerank icd "
+                         "theta_drop theta_mine rejected refresh",
+        "pseudo maps": "theta_class theta_mask",
+    }
 
     def __post_init__(self):
         super().__post_init__()

@@ -3,7 +3,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from plumbing import checkpoints, files, processes, runs, settings, sources, tables
-from plumbing.words import BadInput, nearest, shown
+from plumbing.words import BadInput, nearest, shown, warn
 
 
 def resumed_settings(folder, given, kind):
@@ -40,6 +40,7 @@ def settings_of(argv, kind):
     if given.get("start") and given.get("init"):
         raise BadInput("--start goes on with the weights of a checkpoint: --init does not go with "
                        "it")
+    names = list(given)
     if given.get("resume"):
         base = resumed_settings(given["resume"], given, kind)
     else:
@@ -49,7 +50,9 @@ def settings_of(argv, kind):
     given["device"] = processes.pick_device(given.get("device", "auto"))
     if given.get("precision", "auto") == "auto":
         given["precision"] = processes.pick_precision(given["device"])
-    return kind(**given)
+    s = kind(**given)
+    warn(settings.unread(s, names))
+    return s
 
 
 def words_of(given, kind):

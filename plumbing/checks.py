@@ -13,6 +13,14 @@ from plumbing.processes import process_count
 from plumbing.words import BadInput, several, short, shown
 
 
+def check_float32(x, video, start):
+    """Raise BadInput where standardised features (T, D) of a Video, from a step on, overflow."""
+    faulty = (~x.isfinite()).any(1).nonzero()
+    if len(faulty):
+        raise BadInput(f"video {short(video.id)}: feature file {video.source} is beyond float32 at "
+                       f"step {start + int(faulty[0])}, standardised")
+
+
 def check_channels(name, source, sums, trained, skip=0):
     """Raise BadInput where a video's features have other channels than those of all videos.
 

@@ -90,6 +90,7 @@ def rule_for(f, value):
 class CheckedSettings:
     """Base of the settings: refuses what a setting may not be with BadInput."""
     UNUSED = ()  # settings that a class inherits and does not read: --help leaves them out
+    READ_WITH = {}  # {"a setting and its values": "what is read with one of these alone"}
     GIVEN = ()  # settings beside the features that evaluation takes anew, for new or moved videos
 
     def __post_init__(self):
@@ -235,6 +236,16 @@ class Parser(argparse.ArgumentParser):
 def flag(name):
     """How a setting is written on the command line."""
     return "--" + name.replace("_", "-")
+
+
+def unread(s, given):
+    """Yield a warning about each of the settings that are given and that others leave unread."""
+    for condition, names in s.READ_WITH.items():
+        other, *values = condition.split()
+        idle = [flag(name) for name in names.split() if name in given and name not in s.UNUSED]
+        if idle and str(getattr(s, other)) not in values:
+            yield (f"without effect: {' and '.join(idle)}, read where {flag(other)} is "
+                   f"{' or '.join(values)}")
 
 
 def argument_of(kind):

@@ -14,6 +14,7 @@ import evaluate
 import icd
 import model
 import train
+from extras import mean_teacher, spot
 from plumbing import inputs
 from tests.helpers import detections, own_argv, refused, settings, small_detector
 from tests.users import actions
@@ -259,3 +260,24 @@ def test_paper_takes_back_what_toy_and_own_data_change_of_the_method():
     assert all(getattr(paper, name) == getattr(published, name) for name in changed)
     assert settings("--paper", "--icd-pool", "mean").icd_pool == "mean"
     assert settings("--dataset", "activitynet", "--paper").scope == "dataset"
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    ("--acp none --acp-tau 0.2", "without effect: --acp-tau, read where --acp is coarse"),
+    ("--acp coarse --acp-tau 0.2", ""),
+    ("--threshold mean --theta-fixed 0.5", "without effect: --theta-fixed"),
+    ("--icd eap --theta-mine 0.5", "without effect: --theta-mine"),
+    ("--alqa none --beta 3 --eps 0.1", "without effect: --beta and --eps"),
+    ("--label-smoothing 0.1", "without effect: --label-smoothing"),
+    ("--vote 0.9", "without effect: --vote, read where --nms-agnostic is True"), ("--vote 0.9 --nms-agnostic", ""),
+    ("--alqa none --acp none --icd none --threshold fixed", "")])
+def test_settings_that_others_leave_unread_are_told(words, told, capsys):
+    settings(*words.split())
+    assert told in capsys.readouterr().err if told else capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", [train.Settings, spot.Settings, mean_teacher.Settings])
+def test_what_is_read_with_another_setting_exists(kind):
+    names = {f.name for f in fields(kind)}
+    for condition, idle in kind.READ_WITH.items():
+        assert names >= {condition.split()[0], *idle.split()}
