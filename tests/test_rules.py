@@ -269,7 +269,8 @@ def test_paper_takes_back_what_toy_and_own_data_change_of_the_method():
     ("--icd eap --theta-mine 0.5", "without effect: --theta-mine"),
     ("--alqa none --beta 3 --eps 0.1", "without effect: --beta and --eps"),
     ("--label-smoothing 0.1", "without effect: --label-smoothing"),
-    ("--vote 0.9", "without effect: --vote, read where --nms-agnostic is True"), ("--vote 0.9 --nms-agnostic", ""),
+    ("--vote 0.9", "without effect: --vote, read where --nms-agnostic is True"),
+    ("--vote 0.9 --nms-agnostic", ""),
     ("--alqa none --acp none --icd none --threshold fixed", "")])
 def test_settings_that_others_leave_unread_are_told(words, told, capsys):
     settings(*words.split())
