@@ -360,7 +360,9 @@ class Localizer:
         sums = sum_features(feats, self.s.reading(), name)
         checks.check_new_video(name, feats, sums, self, duration)
         note = forms.unknown_video(duration, self.fps)
-        return place_video(name, note, feats, sums.steps, self.s)
+        video = place_video(name, note, feats, sums.steps, self.s)
+        warn(checks.odd_video(video, note, sums, self.s))
+        return video
 
     def find(self, video):
         """What __call__() gives, of a Video."""

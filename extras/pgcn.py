@@ -580,6 +580,10 @@ class Settings(bmn.OtherSettings, ProposalSettings):
             numbers += [len(found[name]), float(found[name].sum())]
         yield from odd_proposals(found, dataset, self)
 
+    def look_at(self, video):
+        """Raise BadInput for a new video without proposals."""
+        self.proposals_of(video)
+
     def build(self, dim, num_classes):
         """The detector of these settings."""
         return Detector(dim, num_classes, self)

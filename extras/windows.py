@@ -201,8 +201,11 @@ def odd_channels(recording):
         name = recording.channels[0] or f"column {len(recording.left_out) + 1}"
         yield name, "never falls, as a clock"
     for name in recording.channels:
-        if words_of(name) & ANSWERS:
+        words = words_of(name)
+        if words & ANSWERS:
             yield name, "may be the answer"
+        elif words & CLOCK and not words - CLOCK - UNIT_OF.keys():
+            yield name, "may be a clock, which --rate and the leading columns alone can be"
 
 
 def statistics(rows):

@@ -1,4 +1,5 @@
 """Command lines: from arguments to the settings of a run, or to what evaluation is asked for."""
+import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from plumbing.words import BadInput, nearest, shown, warn
 
 def resumed_settings(folder, given, kind):
     """The settings {name: value} of the run in a folder, to go on with; raises BadInput."""
+    if Path(folder).is_file():
+        raise BadInput(f"--resume takes the folder of a run, and {folder} is a file")
     elsewhere = Path(given.get("out", folder)) != Path(folder)
     found = checkpoints.load(folder, kind)["settings"]
     s = settings.settings_from(found, kind, f"checkpoint in {folder}")
@@ -44,7 +47,7 @@ def settings_of(argv, kind):
     if given.get("resume"):
         base = resumed_settings(given["resume"], given, kind)
     else:
-        folder = f"runs/{Path(dataset).stem}"
+        folder = f"runs/{Path(os.path.abspath(dataset)).stem}"
         base = {"out": folder if given.get("overwrite") else runs.free_folder(folder)} | preset
     given = sources.whole_paths(base | given)
     given["device"] = processes.pick_device(given.get("device", "auto"))
@@ -63,6 +66,7 @@ def words_of(given, kind):
     words = []
     for name, value in given.items():
         flag = settings.flag(name)
+        value = settings.plain(value)
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         elif value is not None:
@@ -75,7 +79,7 @@ def words_of(given, kind):
 # The arguments of each mode of evaluate.py; below, those that are no settings: type and help.
 MODES = {
     "new": "checkpoint features out min_score duration fps stride frames feature_key fill_gaps "
-           "weights device".split(),
+           "trust_grid weights device".split(),
     "test": "checkpoint dataset root annotations features extension prefix feature_key fps stride "
             "frames missing fill_gaps bad_segments trust_grid subset ext_scores tiou weights "
             "device json".split(),

@@ -2,6 +2,7 @@
 import unicodedata
 from collections import Counter
 from itertools import compress, takewhile
+from numbers import Real
 from statistics import median_low
 
 import numpy as np
@@ -362,10 +363,19 @@ def check_new_video(name, source, sums, trained, duration):
 
     trained  an evaluate.Localizer"""
     check_channels(name, source, {name: sums}, trained, trained.s.skip_columns)
-    if duration is not None and not 0 < duration < 10 ** 6:
-        raise BadInput(f"{name}: a duration must be positive, not {duration}")
+    known = isinstance(duration, Real) and 0 < duration < 10 ** 6
+    if duration is not None and not known:
+        raise BadInput(f"{name}: a duration must be positive seconds, not {shown(duration)}")
     if trained.s.stride == 0 and not duration:
         raise BadInput(f"{name}: give its duration in seconds, which --stride 0 needs")
+
+
+def odd_video(video, note, sums, s):
+    """Yield warnings about a new video; raises BadInput where its duration is another's.
+
+    note  its Annotation, sums its files.Sums"""
+    yield from odd_features({video.id: sums})
+    yield from check_spans({video.id: video}, {video.id: note}, s, len(sums.mean))
 
 
 def odd_tests(test, trained):

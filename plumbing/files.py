@@ -309,7 +309,10 @@ def source_of(feats):
     if isinstance(feats, torch.Tensor):
         feats = feats.detach().cpu()
         feats = feats.float() if feats.dtype == torch.bfloat16 else feats
-    return np.asarray(feats)
+    try:
+        return np.asarray(feats)
+    except ValueError as error:
+        raise BadInput(f"features must be an array (T, D): {short(error)}") from None
 
 
 def read_pt(path, key, what):
@@ -322,6 +325,9 @@ def read_pt(path, key, what):
     return source_of(tensor)
 
 
+EMPTY = ("", "na", "n/a", "null", "none")  # cells without a number, as tables have them
+
+
 def is_header(cells, second):
     """Whether the first line of a table names its columns: in words, or as 0, 1, 2, ... where the
     second line has decimals."""
@@ -329,8 +335,9 @@ def is_header(cells, second):
     for cell in cells:
         with suppress(ValueError):
             numbers.append(float(cell))
+    named = not numbers and any(cell.lower() not in EMPTY for cell in cells)
     counted = len(cells) > 1 and cells == list(map(str, range(len(cells))))
-    return not numbers or counted and "." in second
+    return named or counted and "." in second
 
 
 def separator_of(line):

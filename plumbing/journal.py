@@ -1,5 +1,6 @@
 """The journal: what a run writes and prints about itself. `run` is a train.Run."""
 import math
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -155,6 +156,7 @@ def farewell(run):
     if s.page:
         run_extra(run, "viewer")
     say(f"to look at: {out}/page.html" if s.page else f"results: {out}")
-    say(f"a new video: {s.EVALUATE} --checkpoint {out} --features video.npy")
+    say(f"a new video: {s.EVALUATE} --checkpoint {shlex.quote(str(out))} "
+        "--features video.npy")
     if run.data.warnings:
         say(f"{len(run.data.warnings)} warning(s) stand above")

@@ -5,7 +5,7 @@ import numpy as np
 
 from plumbing import forms
 from plumbing.sources import files_of_videos
-from plumbing.words import BadInput, refuse, say, short
+from plumbing.words import BadInput, refuse, say, short, warn
 
 LEAST_SCORE = 0.3  # of what is listed, where no test says a better one
 SAME = 0.5  # tIoU over which two detections are one
@@ -92,6 +92,8 @@ def videos_of(localize, args):
     files = files_of_videos(args.features)
     if args.duration and localize.s.stride and len(files) > 1:
         raise BadInput(f"--duration is of one video, and {args.features} holds {len(files)}")
+    if args.duration and len(files) > 1:
+        warn([f"--duration {args.duration:g} is taken for each of the {len(files)} videos"])
     videos = {}
     faults = {}
     for name, file in files.items():
@@ -99,6 +101,7 @@ def videos_of(localize, args):
             video = localize.open(file, args.duration, id_of(name, localize.s))
             if video.id in videos:
                 raise BadInput(f"{args.features} holds two files of the video {short(video.id)}")
+            localize.s.look_at(video)
             videos[video.id] = video
         except BadInput as fault:
             faults[name] = fault

@@ -1,4 +1,7 @@
 """What a run keeps of itself, and how it goes on from there. `run` is a train.Run."""
+import hashlib
+import json
+import shlex
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -17,6 +20,13 @@ FORMER = {"icd_steps": (0,), "pseudo_weights": ("raw", "ema")}
 TUNED = ("lr", "warmup", "clip")  # what may differ from the settings of another run
 
 # ---- Saving -------------------------------------------------------------------------------------
+
+
+def tests_of(dataset):
+    """A sum of what the mAP of a Dataset is over: its test videos and their annotations."""
+    truth = {name: [a.segments.tolist(), a.labels] for name, a in dataset.truth.items()}
+    steps = {video.id: video.steps for video in dataset.test}
+    return hashlib.sha256(json.dumps([steps, truth], sort_keys=True).encode()).hexdigest()
 
 
 def state_of(run):
@@ -38,6 +48,7 @@ def state_of(run):
         "pseudo": run.pseudo,
         "theta_h": run.theta_h,
         "supervised_mAP": run.supervised_mAP,
+        "tests": tests_of(run.data),
         "trust": run.trust,
         "processes": process_count(),
     } | {key: part.state_dict() for key, part in run.parts().items()}
@@ -45,7 +56,7 @@ def state_of(run):
 
 def begin(run, rows):
     """From here on the files in the run's folder are its own; rows: of its log so far."""
-    run.folder.begin(rows, f"{run.s.TRAIN} --resume {run.s.out} goes on")
+    run.folder.begin(rows, f"{run.s.TRAIN} --resume {shlex.quote(run.s.out)} goes on")
     journal.write_configuration(run)
 
 
@@ -120,7 +131,7 @@ def check_data(theirs, mine, where):
 
 PATTERNS = {int: count, float: number, type(None): number}  # of what the run itself would write
 # Each in its own check.
-SEEN = ("settings", "stage", "columns", "fingerprint", "instances", "trust", "rng")
+SEEN = ("settings", "stage", "columns", "fingerprint", "instances", "tests", "trust", "rng")
 
 
 def check_run(content, run, stages, limits, where):
@@ -138,7 +149,7 @@ def check_run(content, run, stages, limits, where):
     pattern |= {name: checkpoints.state_form(part) for name, part in run.parts().items()}
     pattern |= dict.fromkeys(SEEN, anything)
     pattern["rows"] = partial(checkpoints.sound_rows, stages=stages)
-    for name, value in {"rows": [], "columns": [], "trust": None}.items():
+    for name, value in {"rows": [], "columns": [], "trust": None, "tests": ""}.items():
         content.setdefault(name, value)  # which an older file has not
     if content.get("pseudo") is not None:
         theirs = content["settings"]["weights"]
@@ -175,7 +186,8 @@ def restore(run, stages, limits):
     for name in ("pseudo", "theta_h", "supervised_mAP", "rng"):
         setattr(run, name, content[name])
     of_mAP = ("weights", "test_subset", "ext_scores")
-    if any(content["settings"][name] != getattr(run.s, name) for name in of_mAP):
+    other = any(content["settings"][name] != getattr(run.s, name) for name in of_mAP)
+    if other or content["tests"] != tests_of(run.data):
         run.supervised_mAP = None  # of the other weights, videos or scores
     if run.s.resume:
         run.folder.rows = content["rows"]

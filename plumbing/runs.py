@@ -2,6 +2,7 @@
 import fcntl
 import math
 import re
+import shlex
 import signal
 import threading
 import time
@@ -156,7 +157,8 @@ def check_folder(s):
         return
     found = files_of_run(s.out)
     if found and not s.resume and not s.overwrite:
-        way_on = f"--resume {s.out} goes on with it, " if "checkpoint.pt" in found else ""
+        goes_on = f"--resume {shlex.quote(s.out)} goes on with it, "
+        way_on = goes_on if "checkpoint.pt" in found else ""
         what = "a run" if way_on else f"files that a run would replace, {several(found)}"
         raise BadInput(f"{s.out} holds {what}: {way_on}--overwrite begins anew, another --out "
                        "keeps it")

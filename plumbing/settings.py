@@ -104,6 +104,9 @@ class CheckedSettings:
         """Warnings about a data set that a run reads, which may raise BadInput; none here."""
         return ()
 
+    def look_at(self, video):
+        """Raise BadInput for a new video that lacks what the detector needs; here nothing."""
+
 
 def home_of(name, kind):
     """The class, `kind` or one that it is made of, that a setting stands in."""
@@ -139,10 +142,15 @@ def check_names(given, names):
             raise BadInput(f"{short(name)} is no setting{nearest(name, names)}")
 
 
+def plain(value):
+    """A value as Python has it, of one that numpy may have."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def changed(s, changes):
     """Settings with changes {name: value}; raises BadInput for a name that is none."""
     check_names(changes, [f.name for f in fields(s)])
-    return replace(s, **changes)
+    return replace(s, **{name: plain(value) for name, value in changes.items()})
 
 
 # ---- Files and runs -----------------------------------------------------------------------------
@@ -310,7 +318,7 @@ def read_arguments(argv, kind):
     idle = sorted(given.keys() & set(kind.UNUSED))
     if idle:
         warn([f"this detector reads no setting {' and no '.join(idle)}"])
-    return given, preset
+    return {name: given[name] for name in given if name not in idle}, preset
 
 
 def thresholds_of(text):

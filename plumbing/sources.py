@@ -120,13 +120,18 @@ def read_dataset(s):
     if not path.exists():
         raise BadInput(f"annotation file not found: {path} (--dataset names it, and --features the "
                        "folder of its features)")
+    if s.extension and Path(f"id{s.extension}").suffix.lower() not in READERS:
+        raise BadInput(f"--extension {short(s.extension)} must end in one of {', '.join(READERS)}")
     entries = tables.read_any(path, s.ignore_labels, s.fps)
+    if not entries:
+        raise BadInput(f"annotation file {path} holds no video")
     sources = {name: feature_file(folder, name, s) for name in entries}
     first = {}
     for name, file in sources.items():
-        if first.setdefault(file, name) != name:
-            raise BadInput(f"annotation file {path}: {short(first[file])} and {short(name)} are "
-                           f"one video: both have the feature file {short(file, 150)}")
+        other = first.setdefault(os.path.realpath(file), name)
+        if other != name:
+            raise BadInput(f"annotation file {path}: {short(other)} and {short(name)} are one "
+                           f"video: both have the feature file {short(file, 150)}")
     return Chosen(path, entries, sources)
 
 
@@ -160,17 +165,17 @@ def labelled_share(chosen, s):
     return s.ratio or (1.0 if every else 0.1)
 
 
-def free_files(folder, chosen, s):
-    """{id: file} of the feature files in a folder that no entry has."""
-    taken = real_paths(chosen.sources.values())
-    return {name: file for name, file in feature_ids(folder, s).items()
-            if os.path.realpath(file) not in taken}
-
-
 def given_files(s):
     """The files that the settings name, beside the annotations and the features."""
     given = (getattr(s, name, "") for name in (*FILES, "init", "start"))
     return [Path(file) for file in given if file]
+
+
+def free_files(folder, chosen, s):
+    """{id: file} of the feature files in a folder that no entry has."""
+    taken = real_paths([chosen.path, *given_files(s), *chosen.sources.values()])
+    return {name: file for name, file in feature_ids(folder, s).items()
+            if os.path.realpath(file) not in taken}
 
 
 def other_files(folder, path, s):
@@ -229,7 +234,11 @@ def hint_at_files(folder, name, extension):
     for file in folder.iterdir():
         bare = file.stem
         hint = ""
-        if bare.startswith(stem):
+        if file.name == stem:
+            hint = "ids are without the ending"
+        elif bare != stem and bare.lower() == stem.lower():
+            hint = "of other capital letters"
+        elif bare.startswith(stem):
             ending = file.name[len(stem):]
             hint = f"--extension {short(ending)}" if ending != extension else "it has no --prefix"
         elif bare.endswith(stem):
@@ -250,7 +259,7 @@ def drop_missing(chosen, s):
     if not absent:
         return
     first = chosen.sources[absent[0]]
-    if s.missing == "error" or len(absent) == len(taken):
+    if s.missing == "error" or not chosen.annotated.keys() - absent and chosen.annotated:
         hint = hint_at_files(first.parent, absent[0], s.extension)
         raise BadInput(
             f"video {short(absent[0])}: feature file not found: {short(first, 150)}{hint}; of "

@@ -264,6 +264,10 @@ def frames_entry(lines, path, fps):
     if not fps:
         raise BadInput(f"annotation file {path} has a label a frame, as its first line "
                        f"{shown(lines[0][1])} has no tab: give --fps")
+    numbers = [re.match(r"(\d+)[ ,]+\S", line) for _, line in lines]
+    if all(numbers) and all(int(found[1]) - i in (0, 1) for i, found in enumerate(numbers)):
+        raise BadInput(f"annotation file {path}: its lines begin with the numbers of their frames, "
+                       f"like {shown(lines[0][1])}; a label a frame is the label alone")
     empty = next((i for i, (number, _) in enumerate(lines, 1) if number != i), 0)
     if empty:
         raise BadInput(f"annotation file {path}, line {empty} is empty: a frame where nothing "

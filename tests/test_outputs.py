@@ -10,6 +10,7 @@ import evaluate
 import train
 from extras import analysis, annotations, bmn, export, fig4, intervals, tables, viewer
 from plumbing import forms
+from plumbing.words import BadInput
 from tests import users
 from tests.helpers import edit, finished, own_argv, read_result, refused, settings, weights
 
@@ -325,6 +326,32 @@ def test_a_list_has_the_ids_of_the_data(ran, capsys):
     np.save(ran / "features/v3.npy", np.zeros((9, 5)))
     text, found = listed(ran, capsys, code=2)
     assert "two files of the video v3" in text and found is None
+
+
+def test_what_is_odd_about_a_new_video_is_told(ran, capsys):
+    assert "taken for each of the 14 videos" not in listed(ran, capsys)[0]
+    one = ("--checkpoint", ran / "run", "--features", ran / "features/v3.npy")
+    text = said(capsys, "evaluate", *one, "--duration", 40, code=0)
+    assert "span 0.81 times the duration" in text
+    assert "--trust-grid" in said(capsys, "evaluate", *one, "--duration", 1000)
+    assert "0.03 times" in said(capsys, "evaluate", *one, "--duration", 1000, "--trust-grid",
+                                code=0)
+    x = np.load(ran / "features/v3.npy")
+    x[5:9] = np.nan
+    np.save(ran / "features/v3.npy", x)
+    text = said(capsys, "evaluate", *one, "--fill-gaps", code=0)
+    assert "4 steps of 1 videos hold NaN or infinity and were filled" in text
+    localize = evaluate.Localizer(ran / "run", fps=np.float64(50), device=torch.device("cpu"))
+    for feats, duration in ((x, "32.5"), ([[1, 2], [3]], None)):
+        with pytest.raises(BadInput):
+            localize(feats, duration)
+
+
+def test_a_resumed_run_with_other_labels_of_its_tests_says_no_gain(ran, capsys):
+    edit(ran, lambda database: database["v13"]["annotations"].pop())
+    more = ("--resume", ran / "run", "--no-page", "--dataset", ran / "own.json", "--features",
+            ran / "features")
+    assert " -> APL " not in said(capsys, "train", *more, code=0)
 
 
 def test_a_bad_file_is_told_before_the_first_is_searched(ran, capsys):

@@ -6,7 +6,7 @@ import pytest
 
 import train
 from extras import annotations, windows
-from plumbing import files, sources, tables
+from plumbing import files, forms, sources, tables
 from plumbing.words import BadInput
 from tests import users
 from tests.helpers import edit, evaluated, refused, settings
@@ -46,6 +46,54 @@ def test_two_recordings_of_one_name_are_told(tmp_path, capsys):
 def test_two_entries_of_one_feature_file_are_refused(own, capsys):
     edit(own, lambda database: database.update({"v10.mp4": database["v0"]}))
     refused(users.check(own), capsys, "own.json", "v10", "v10.mp4", "v10.npy")
+
+
+def test_one_recording_behind_a_link_is_not_two_videos(own, capsys):
+    (own / "features/v10.npy").unlink()
+    (own / "features/v10.npy").symlink_to(own / "features/v0.npy")
+    refused(users.check(own), capsys, "own.json", "v0 and v10 are one video")
+
+
+@pytest.mark.parametrize(("ending", "words"), [
+    ("npz", "--extension npz must end in one of .npy"), ("_y", "--extension _y must end in")])
+def test_an_extension_is_one_that_can_be_read(own, capsys, ending, words):
+    refused(users.check(own, "--extension", ending), capsys, words)
+
+
+@pytest.mark.parametrize(("name", "hint"), [
+    ("{}.npy", "ids are without the ending"), ("{}", "other capital letters")])
+def test_ids_that_are_nearly_those_of_files_are_told(own, capsys, name, hint):
+    edit(own, lambda database: [database.update({name.format(old.upper()): database.pop(old)})
+                                for old in users.NAMES])
+    if name != "{}":
+        for old in users.NAMES:
+            (own / f"features/{old}.npy").rename(own / f"features/{old.upper()}.npy")
+    refused(users.check(own, "--missing", "skip"), capsys, "feature file not found", hint)
+
+
+def test_the_annotations_are_no_features(own, capsys):
+    for name in users.NAMES:
+        np.savetxt(own / f"features/{name}.csv", np.load(own / f"features/{name}.npy"),
+                   delimiter=",")
+    forms.write_found(own / "features/labels.csv", users.perfect(own, users.NAMES))
+    words = ("--extension", ".csv", "--fps", 50, "--dataset", own / "features/labels.csv")
+    assert "14 labelled, 0 unlabelled" in told(own, capsys, *words)
+
+
+def test_a_first_step_without_a_number_is_no_header(tmp_path):
+    for first in (",,", "NA,na,"):
+        (tmp_path / "v.csv").write_text(f"{first}\n1,2,3\n4,5,6\n")
+        with pytest.raises(BadInput, match="v.csv.*line 1, column 1"):
+            files.read_features(tmp_path / "v.csv", files.Reading(), "v")
+
+
+def test_lines_with_the_numbers_of_their_frames_are_told(own, capsys):
+    for between in (" ", ", "):
+        (own / "v0.txt").write_text("".join(f"{i}{between}walk\n" for i in range(9)))
+        with pytest.raises(BadInput, match="v0.txt.*numbers of their frames"):
+            tables.read_any(own / "v0.txt", fps=25)
+    (own / "v0.txt").write_text("0\n1\n2\n")  # labels that are numbers
+    assert len(tables.read_any(own / "v0.txt", fps=25)["v0"].labels) == 3
 
 
 @pytest.mark.parametrize("name", ["v2.TXT", "P01"])
