@@ -205,7 +205,7 @@ def odd_channels(recording):
         if words & ANSWERS:
             yield name, "may be the answer"
         elif words & CLOCK and not words - CLOCK - UNIT_OF.keys():
-            yield name, "may be a clock, which --rate and the leading columns alone can be"
+            yield name, "may be a clock"
 
 
 def statistics(rows):

@@ -305,7 +305,7 @@ def read_arguments(argv, kind):
         argument_default=argparse.SUPPRESS)
     parser.add_argument(
         "--paper", action=argparse.BooleanOptionalAction,
-        help="the paper's own choices, where toy's and own data's defaults are others")
+        help="the paper's own choices, where the defaults are others")
     group_of = cache(parser.add_argument_group)
     by_name = {f.name: f for f in fields(kind)}
     for name in dict.fromkeys([*kind.FIRST, *kind.__annotations__, *by_name]):

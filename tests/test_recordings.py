@@ -181,14 +181,15 @@ def test_the_rate_to_train_with_is_that_of_all_recordings(tmp_path, capsys, rate
 
 
 def test_a_channel_that_is_a_clock_or_the_answer_is_told(tmp_path, capsys):
-    rows = np.column_stack([np.repeat(EVEN[::2], 2), noise(200, 1), EVEN % 3])
+    rows = np.column_stack([np.repeat(EVEN[::2], 2), noise(200, 1), EVEN % 3, EVEN])
     for name in "ab":  # told once
-        write(tmp_path / f"raw/{name}.csv", rows, "tick,x,Activity")
+        write(tmp_path / f"raw/{name}.csv", rows, "tick,x,Activity,time_s")
     assert run(windows.main, tmp_path / "raw", "--out", tmp_path / "out") == 0
     out, err = capsys.readouterr()
-    assert "3 channels (tick, x, Activity)" in out
-    never, answer = err.splitlines()
+    assert "4 channels (tick, x, Activity, time_s)" in out
+    never, answer, late = err.splitlines()
     assert "tick never falls" in never and "Activity may be the answer" in answer
+    assert "time_s may be a clock" in late
 
 
 def test_a_folder_holds_features_of_one_kind(tmp_path, capsys):
