@@ -104,7 +104,7 @@ OWN = {  # a user's own data; bfloat16 saves nothing in narrow layers
     "channels": 128, "windows": "9", "precision": "float32",
     "input_dropout": 0.3, "input_jitter": 0.5,
     "lr": 1e-3, "supervised_steps": 400, "joint_epochs": 10, "passes": 8,
-    "acp": "none", "acp_after": "none",  # its gain goes from 1 point up to 4 down
+    "acp": "none", "acp_after": "none",  # its gain goes from 2 points up to 4 down
     "icd_pool": "mean", "icd_score": "relative", "theta_drop": -0.2, "theta_mine": 0.2,
     "threshold": "mean-std", "scope": "class", "exclusive": True, "icd": "eap",
 }

@@ -10,7 +10,8 @@ from plumbing.words import BadInput, nearest, shown, warn
 def resumed_settings(folder, given, kind):
     """The settings {name: value} of the run in a folder, to go on with; raises BadInput."""
     if Path(folder).is_file():
-        raise BadInput(f"--resume takes the folder of a run, and {folder} is a file")
+        raise BadInput(f"--resume takes the folder where a run's checkpoint.pt lies, and {folder} "
+                       "is a file")
     elsewhere = Path(given.get("out", folder)) != Path(folder)
     found = checkpoints.load(folder, kind)["settings"]
     s = settings.settings_from(found, kind, f"checkpoint in {folder}")

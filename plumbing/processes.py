@@ -128,7 +128,7 @@ def pick_device(name):
 
     Under torchrun "cuda" is a device of its own for each process. Raises BadInput if the device
     cannot be used."""
-    name = str(name or "auto")
+    name = "auto" if name is None else str(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and is_one_of_many():

@@ -120,7 +120,7 @@ def read_dataset(s):
     if not path.exists():
         raise BadInput(f"annotation file not found: {path} (--dataset names it, and --features the "
                        "folder of its features)")
-    if s.extension and Path(f"id{s.extension}").suffix.lower() not in READERS:
+    if s.extension and Path(f"id{s.extension}").suffix.lower() not in (*READERS, *VIDEOS):
         raise BadInput(f"--extension {short(s.extension)} must end in one of {', '.join(READERS)}")
     entries = tables.read_any(path, s.ignore_labels, s.fps)
     if not entries:
@@ -128,7 +128,8 @@ def read_dataset(s):
     sources = {name: feature_file(folder, name, s) for name in entries}
     first = {}
     for name, file in sources.items():
-        other = first.setdefault(os.path.realpath(file), name)
+        real = os.path.realpath(file) if os.path.exists(file) else file
+        other = first.setdefault(real, name)
         if other != name:
             raise BadInput(f"annotation file {path}: {short(other)} and {short(name)} are one "
                            f"video: both have the feature file {short(file, 150)}")
