@@ -67,6 +67,11 @@ def anything(x):
     return True
 
 
+def text(x):
+    """Any text."""
+    return type(x) is str
+
+
 def count(x):
     """A whole number that a run can reach."""
     return type(x) is int and 0 <= x < 1e12

@@ -131,7 +131,7 @@ def check_data(theirs, mine, where):
 
 PATTERNS = {int: count, float: number, type(None): number}  # of what the run itself would write
 # Each in its own check.
-SEEN = ("settings", "stage", "columns", "fingerprint", "instances", "tests", "trust", "rng")
+SEEN = ("settings", "stage", "columns", "fingerprint", "instances", "trust", "rng")
 
 
 def check_run(content, run, stages, limits, where):
@@ -148,6 +148,7 @@ def check_run(content, run, stages, limits, where):
     pattern = {name: PATTERNS.get(type(value), value) for name, value in mine.items()}
     pattern |= {name: checkpoints.state_form(part) for name, part in run.parts().items()}
     pattern |= dict.fromkeys(SEEN, anything)
+    pattern["tests"] = checkpoints.text
     pattern["rows"] = partial(checkpoints.sound_rows, stages=stages)
     for name, value in {"rows": [], "columns": [], "trust": None, "tests": ""}.items():
         content.setdefault(name, value)  # which an older file has not
