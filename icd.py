@@ -205,7 +205,7 @@ def own_minus_other(D, f, labels, bank):
 
     An answer to the paper's future work (Sec. 5): below 0 another class is more alike, whatever
     the class, so that two thresholds serve all. What similarity() takes and gives, but of a class
-    with one labelled instance too: its detections are like no class, and stay."""
+    with one labelled instance too: its detections are like no class, and mostly stay."""
     own = torch.full_like(f[:, 0], torch.nan)
     other = own.clone()
     W_a_f, W_b_bank = D.W_a(f), W_b_of(D, bank)

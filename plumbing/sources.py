@@ -260,7 +260,7 @@ def drop_missing(chosen, s):
     if not absent:
         return
     first = chosen.sources[absent[0]]
-    if s.missing == "error" or not chosen.annotated.keys() - absent and chosen.annotated:
+    if s.missing == "error" or not (chosen.annotated or taken).keys() - absent:
         hint = hint_at_files(first.parent, absent[0], s.extension)
         raise BadInput(
             f"video {short(absent[0])}: feature file not found: {short(first, 150)}{hint}; of "
